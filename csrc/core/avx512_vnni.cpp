@@ -1,0 +1,131 @@
+// AVX-512 with VNNI.
+//
+//   vpdpbusd  zmm   16 columns x 4 channels: unsigned activation byte times signed weight byte, summed into int32
+//
+// A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rest of an outlier is added to the finished
+// sums by the same instruction, in steps of at most 255.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "isa.h"
+#include "kernels.h"
+
+OCSQ_TARGET_BEGIN("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#include "simd_avx512.h"
+//
+#include "rowwise_impl.h"
+//
+#include "linear_impl.h"
+
+namespace ocsquant {
+namespace {
+
+struct Narrow {
+  static OCSQ_INLINE bool block(const int16_t* codes, uint8_t* out) {
+    const __m512i code = _mm512_loadu_si512(codes);
+    const __m256i body = _mm512_cvtsepi16_epi8(code);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_xor_si256(body, _mm256_set1_epi8(-128)));
+    return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code) != 0;
+  }
+};
+
+}  // namespace
+}  // namespace ocsquant
+
+#include "tile_vnni.h"
+
+namespace ocsquant {
+namespace {
+
+struct Tile {
+  using Code = uint8_t;
+  static constexpr int kRows = 6;
+  static constexpr bool kUnsigned = true;
+  static constexpr int64_t kRowBlock = 192, kDepthBlock = 128, kDepthBlockFew = 1024;
+  static constexpr int kVectors = kPanel / 16;
+  static constexpr int64_t kPrefetch = 4096;
+
+  static void place(int16_t* codes, int64_t pitch, int rows, int64_t depth, Code* out, Rest* rests, int32_t* counts,
+                    int64_t capacity) {
+    place_uint8(codes, pitch, rows, depth, out, rests, counts, capacity);
+  }
+
+  template <int R>
+  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+    __m512i c[R][kVectors];
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        c[i][v] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + i * kPanel + 16 * v);
+      }
+    }
+    for (int64_t g = 0; g < groups; ++g, b += kGroupBytes, a += R * kGroup) {
+      __m512i w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        w[v] = _mm512_loadu_si512(b + 64 * v);
+        // Few rows read the weights at memory speed, wherever the block ends.
+        const int64_t distance = R <= 4 ? kPrefetch : ahead;
+        _mm_prefetch(reinterpret_cast<const char*>(b + 64 * v + distance), R <= 4 ? _MM_HINT_T0 : _MM_HINT_T1);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < R; ++i) {
+        int32_t quad;
+        std::memcpy(&quad, a + i * kGroup, sizeof(quad));
+        const __m512i x = _mm512_set1_epi32(quad);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], x, w[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + i * kPanel + 16 * v, c[i][v]);
+    }
+  }
+
+  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+    switch (count) {
+      case 1: return rows<1>(a, b, groups, first, ahead, sums);
+      case 2: return rows<2>(a, b, groups, first, ahead, sums);
+      case 3: return rows<3>(a, b, groups, first, ahead, sums);
+      case 4: return rows<4>(a, b, groups, first, ahead, sums);
+      case 5: return rows<5>(a, b, groups, first, ahead, sums);
+      default: return rows<6>(a, b, groups, first, ahead, sums);
+    }
+  }
+
+  static OCSQ_INLINE void add_rest(const Rest& rest, const int8_t* group, int32_t* sums) {
+    const int shift = 8 * (rest.k % kGroup);
+    __m512i part[kVectors];
+    for (auto& p : part) p = _mm512_setzero_si512();
+    for (int left = rest.value < 0 ? -rest.value : rest.value; left > 0; left -= 255) {
+      const uint32_t step = static_cast<uint32_t>(left > 255 ? 255 : left) << shift;
+      const __m512i x = _mm512_set1_epi32(static_cast<int32_t>(step));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        part[v] = _mm512_dpbusd_epi32(part[v], x, _mm512_loadu_si512(group + 64 * v));
+      }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const __m512i sum = _mm512_loadu_si512(sums + 16 * v);
+      _mm512_storeu_si512(sums + 16 * v, rest.value < 0 ? _mm512_sub_epi32(sum, part[v]) : _mm512_add_epi32(sum, part[v]));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace ocsquant
+OCSQ_TARGET_END
+
+namespace ocsquant {
+const Kernels kAvx512Vnni = {"avx512_vnni", linear_kernels<Tile>(), kFakeQuantize, widen, narrow};
+}  // namespace ocsquant
+#endif

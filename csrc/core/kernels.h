@@ -1,0 +1,103 @@
+// The seam between tensors and loops: plain pointers and sizes, no torch header, no error state.
+// One table of functions per instruction set, chosen once per process; all tables give the same bits.
+#pragma once
+#include <cstdint>
+
+namespace ocsquant {
+
+// Output columns in one panel of a packed weight, and input channels in one group of it (see pack.h).
+constexpr int64_t kPanel = 64;
+constexpr int64_t kGroup = 4;
+constexpr int64_t kGroupBytes = kPanel * kGroup;
+// 131072 * 128 * 127 < 2^31: the int32 sums of a row cannot overflow up to this many columns, tail included.
+constexpr int64_t kMaxDepth = 131072;
+constexpr int64_t kMaxOutliers = 64;
+// Keeps every activation code inside int16 up to kMaxDepth: 127 * sqrt(K) / threshold (methods: run-time OCS).
+constexpr float kMinOutlierThreshold = 2.0f;
+
+enum class Float : int8_t { f32, bf16 };
+
+// How one token becomes integers: step = min(absmax, threshold * rms) / (2^(bits-1) - 1), at most max_outliers codes
+// beyond the range. max_outliers = 0 is plain dynamic quantization.
+struct TokenQuantizer {
+  int bits;
+  int max_outliers;
+  float threshold;
+};
+
+// What a code keeps beyond int8: code = body + rest, at column k of the packed weight.
+struct Rest {
+  int32_t k;
+  int32_t value;
+};
+
+// A packed weight, immutable: n x k codes and n x tail codes of split channels (pack.h has the layout).
+struct PackedWeight {
+  const int8_t* packed;
+  int64_t n, k, tail;
+  const int32_t* tail_index;  // [tail], ascending: the input channel each tail column adds to
+  const float* scale;         // [n]
+  const float* bias;          // [n] or null
+  int64_t groups() const { return (k + kGroup - 1) / kGroup + (tail + kGroup - 1) / kGroup; }
+  int64_t depth() const { return groups() * kGroup; }
+  int64_t panels() const { return (n + kPanel - 1) / kPanel; }
+  int64_t panel_bytes() const { return (groups() + 1) * kGroupBytes; }
+};
+
+// Quantized tokens in the order the kernels read them: tiles of row_tile rows, each [depth/4][rows][4] codes.
+struct Activations {
+  uint8_t* codes;       // rows * depth * code_bytes
+  float* step;          // [rows]; NaN for a row that held NaN or Inf
+  Rest* rests;          // [rows][rest_capacity]
+  int32_t* rest_count;  // [rows]
+  int64_t rows;
+  int64_t rest_capacity;
+};
+
+struct LinearKernels {
+  int64_t row_tile;
+  int64_t code_bytes;   // bytes of one activation code
+  bool uses_rests;      // false where the codes themselves are wide enough
+  int64_t row_block;    // rows whose partial sums multiply() keeps at a time
+  int64_t depth_block;  // groups of one pass over a panel
+  // Quantizes rows [first, last) of x (first a multiple of row_tile); scratch from quantize_scratch_bytes().
+  void (*quantize)(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
+                   int64_t first, int64_t last, void* scratch);
+  // y[m][n] for rows [first, last) and one panel; scratch holds row_block * kPanel int32.
+  void (*multiply)(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
+                   int64_t panel, int32_t* scratch);
+};
+
+struct FakeQuantizeKernels {
+  // y = clamp(rint(x / scale), -limit_j, limit_j) * scale over one row; limit_j = n_j (2^(bits-1) - 1).
+  void (*forward)(const float* x, const float* limit, float scale, int64_t k, float* y);
+  // dx and the row's gradient of the scale (straight-through; methods: fake_quantize_split).
+  float (*backward)(const float* grad, const float* x, const float* limit, float scale, int64_t k, float* dx);
+};
+
+struct Kernels {
+  const char* isa;
+  LinearKernels linear;
+  FakeQuantizeKernels fake_quantize;
+  void (*widen)(const uint16_t* x, int64_t n, float* y);   // bfloat16 to float32
+  void (*narrow)(const float* x, int64_t n, uint16_t* y);  // float32 to bfloat16, to nearest even
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvxVnni;
+extern const Kernels kAvx512Vnni;
+#endif
+
+// Bytes that quantize() needs beside its output.
+inline int64_t quantize_scratch_bytes(const PackedWeight& w, int64_t row_tile) {
+  const int64_t padded = (w.k + 63) / 64 * 64;
+  return row_tile * (padded + w.depth() + 64) * static_cast<int64_t>(sizeof(int16_t)) + padded * sizeof(float) + 64;
+}
+
+// The best table this CPU runs, or the level named by OCSQUANT_ISA. Null when that name is unknown or the CPU lacks it;
+// `why` then (and always) says in words what was found.
+const Kernels* select_kernels(const char* wanted, const char** why);
+
+}  // namespace ocsquant

@@ -1,0 +1,234 @@
+// Passes over rows of floats, written once over Simd. Included inside a target region, after simd_*.h and the standard
+// headers. Blocks of 64 floats: the sums below have one accumulator per position modulo 64, whatever the vector width.
+#pragma once
+
+namespace ocsquant {
+namespace {
+
+constexpr int kLanes = 64;
+constexpr int kVectors = kLanes / Simd::W;
+
+// Lanes l and l + 32 first, then + 16, ... + 1: the order the definition fixes.
+OCSQ_INLINE float reduce_lanes(float* lane) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
+  }
+  return lane[0];
+}
+
+struct LaneSum {
+  Simd::F lane[kVectors];
+  OCSQ_INLINE LaneSum() {
+    for (auto& l : lane) l = Simd::set1(0.0f);
+  }
+  OCSQ_INLINE float total() const {
+    float all[kLanes];
+    for (int v = 0; v < kVectors; ++v) Simd::store(all + v * Simd::W, lane[v]);
+    return reduce_lanes(all);
+  }
+};
+
+// Calls block(pointer, offset) for every 64 values of x, the last ones copied behind zeros.
+template <class Block>
+OCSQ_INLINE void for_blocks(const float* x, int64_t k, Block& block) {
+  int64_t j = 0;
+  for (; j + kLanes <= k; j += kLanes) block(x + j, j);
+  if (j < k) {
+    float padded[kLanes] = {};
+    std::memcpy(padded, x + j, (k - j) * sizeof(float));
+    block(padded, j);
+  }
+}
+
+// Constructors are written out: the compiler defines implicit ones at the end of the file, outside the target region.
+struct RowStatistics {
+  Simd::I largest;
+  LaneSum squares;
+  OCSQ_INLINE RowStatistics() : largest(Simd::zero_i()), squares() {}
+  OCSQ_INLINE void operator()(const float* p, int64_t) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Simd::F x = Simd::load(p + v * Simd::W);
+      largest = Simd::max_i(largest, Simd::abs_bits(x));
+      squares.lane[v] = Simd::add(squares.lane[v], Simd::mul(x, x));
+    }
+  }
+};
+
+struct RowMaximum {
+  Simd::I largest;
+  OCSQ_INLINE RowMaximum() : largest(Simd::zero_i()) {}
+  OCSQ_INLINE void operator()(const float* p, int64_t) {
+    for (int v = 0; v < kVectors; ++v) largest = Simd::max_i(largest, Simd::abs_bits(Simd::load(p + v * Simd::W)));
+  }
+};
+
+template <bool kCount>
+struct RowCodes {
+  int16_t* codes;
+  Simd::F inverse;
+  Simd::I limit, beyond;
+  OCSQ_INLINE RowCodes(int16_t* out, float step, int bound)
+      : codes(out),
+        inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)),
+        limit(Simd::set1_i(bound)),
+        beyond(Simd::zero_i()) {}
+  OCSQ_INLINE void operator()(const float* p, int64_t j) {
+    for (int v = 0; v < kVectors; v += 2) {
+      const Simd::I a = Simd::round_to_int(Simd::mul(Simd::load(p + v * Simd::W), inverse));
+      const Simd::I b = Simd::round_to_int(Simd::mul(Simd::load(p + (v + 1) * Simd::W), inverse));
+      if constexpr (kCount) beyond = Simd::count_beyond(Simd::count_beyond(beyond, a, limit), b, limit);
+      Simd::store_i16(codes + j + v * Simd::W, a, b);
+    }
+  }
+};
+
+// Writes round_up(k, 64) codes; returns how many lie beyond +-limit (0 without kCount).
+template <bool kCount>
+OCSQ_INLINE int64_t round_row(const float* x, int64_t k, float step, int limit, int16_t* codes) {
+  RowCodes<kCount> block(codes, step, limit);
+  for_blocks(x, k, block);
+  return kCount ? Simd::reduce_add(block.beyond) : 0;
+}
+
+OCSQ_INLINE float bits_to_float(int32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+OCSQ_INLINE float usable_step(float step) { return step < 0x1p-120f ? 0.0f : step; }
+
+// The (rank+1)-th largest |x| of those whose code is beyond the limit; there are more than `rank` of them.
+inline float outlier_magnitude(const float* x, const int16_t* codes, int64_t k, int limit, int rank) {
+  float top[kMaxOutliers + 1];  // descending
+  int held = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    if (codes[j] <= limit && codes[j] >= -limit) continue;
+    const float v = std::fabs(x[j]);
+    if (held > rank && v <= top[rank]) continue;
+    int at = held > rank ? rank : held++;
+    for (; at > 0 && top[at - 1] < v; --at) top[at] = top[at - 1];
+    top[at] = v;
+  }
+  return top[rank];
+}
+
+// One token to codes (methods: run-time OCS, definition). Returns the step, NaN for a row with NaN or Inf (codes 0).
+inline float quantize_row(const float* x, int64_t k, const TokenQuantizer& how, int16_t* codes) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  const float range = static_cast<float>(limit);
+  float absmax, squares = 0.0f;
+  if (how.max_outliers > 0) {
+    RowStatistics statistics;
+    for_blocks(x, k, statistics);
+    absmax = bits_to_float(Simd::reduce_max(statistics.largest));
+    squares = statistics.squares.total();
+  } else {
+    RowMaximum maximum;
+    for_blocks(x, k, maximum);
+    absmax = bits_to_float(Simd::reduce_max(maximum.largest));
+  }
+  if (!(absmax <= std::numeric_limits<float>::max())) {
+    std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  const float whole = usable_step(absmax / range);
+  if (how.max_outliers == 0 || !(squares >= 0x1p-100f) || squares > std::numeric_limits<float>::max()) {
+    round_row<false>(x, k, whole, limit, codes);
+    return whole;
+  }
+  const float bulk = how.threshold * std::sqrt(squares / static_cast<float>(k));
+  if (bulk >= absmax) {
+    round_row<false>(x, k, whole, limit, codes);
+    return whole;
+  }
+  float step = usable_step(bulk / range);
+  if (round_row<true>(x, k, step, limit, codes) > how.max_outliers) {
+    step = usable_step(outlier_magnitude(x, codes, k, limit, how.max_outliers) / range);
+    round_row<false>(x, k, step, limit, codes);
+  }
+  return step;
+}
+
+inline void widen(const uint16_t* x, int64_t n, float* y) {
+  int64_t j = 0;
+  for (; j + Simd::W <= n; j += Simd::W) Simd::store(y + j, Simd::load_bf16(x + j));
+  for (; j < n; ++j) y[j] = bits_to_float(static_cast<int32_t>(static_cast<uint32_t>(x[j]) << 16));
+}
+
+struct NarrowBlock {
+  uint16_t* y;
+  int64_t n;
+  OCSQ_INLINE void operator()(const float* p, int64_t j) {
+    uint16_t block[kLanes];
+    for (int v = 0; v < kVectors; ++v) Simd::store_bf16(block + v * Simd::W, Simd::load(p + v * Simd::W));
+    std::memcpy(y + j, block, (n - j < kLanes ? n - j : kLanes) * sizeof(uint16_t));
+  }
+};
+
+inline void narrow(const float* x, int64_t n, uint16_t* y) {
+  NarrowBlock block{y, n};
+  for_blocks(x, n, block);
+}
+
+struct FakeQuantize {
+  Simd::F scale, inverse;
+  OCSQ_INLINE explicit FakeQuantize(float s) : scale(Simd::set1(s)), inverse(Simd::set1(1.0f / s)) {}
+
+  // min and max give their second operand when one is NaN, so NaN passes through.
+  static OCSQ_INLINE Simd::F clamp(Simd::F q, Simd::F bound) {
+    return Simd::max(Simd::sub(Simd::set1(0.0f), bound), Simd::min(bound, q));
+  }
+  OCSQ_INLINE void forward(const float* x, const float* limit, float* y) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * Simd::W;
+      const Simd::F q = Simd::rint(Simd::mul(Simd::load(x + at), inverse));
+      Simd::store(y + at, Simd::mul(clamp(q, Simd::load(limit + at)), scale));
+    }
+  }
+  OCSQ_INLINE void backward(const float* grad, const float* x, const float* limit, float* dx, LaneSum& sum) const {
+    for (int v = 0; v < kVectors; ++v) {
+      const int at = v * Simd::W;
+      const Simd::F g = Simd::load(grad + at), bound = Simd::load(limit + at);
+      const Simd::F u = Simd::mul(Simd::load(x + at), inverse), q = Simd::rint(u);
+      Simd::store(dx + at, Simd::select_beyond(q, bound, Simd::set1(0.0f), g));
+      const Simd::F slope = Simd::select_beyond(q, bound, clamp(q, bound), Simd::sub(q, u));
+      sum.lane[v] = Simd::add(sum.lane[v], Simd::mul(g, slope));
+    }
+  }
+};
+
+inline void fake_quantize_forward(const float* x, const float* limit, float scale, int64_t k, float* y) {
+  const FakeQuantize op(scale);
+  int64_t j = 0;
+  for (; j + kLanes <= k; j += kLanes) op.forward(x + j, limit + j, y + j);
+  if (j < k) {
+    float px[kLanes] = {}, pl[kLanes] = {}, py[kLanes];
+    const size_t bytes = (k - j) * sizeof(float);
+    std::memcpy(px, x + j, bytes);
+    std::memcpy(pl, limit + j, bytes);
+    op.forward(px, pl, py);
+    std::memcpy(y + j, py, bytes);
+  }
+}
+
+inline float fake_quantize_backward(const float* grad, const float* x, const float* limit, float scale, int64_t k,
+                                    float* dx) {
+  const FakeQuantize op(scale);
+  LaneSum sum;
+  int64_t j = 0;
+  for (; j + kLanes <= k; j += kLanes) op.backward(grad + j, x + j, limit + j, dx + j, sum);
+  if (j < k) {
+    float pg[kLanes] = {}, px[kLanes] = {}, pl[kLanes] = {}, pd[kLanes];
+    const size_t bytes = (k - j) * sizeof(float);
+    std::memcpy(pg, grad + j, bytes);
+    std::memcpy(px, x + j, bytes);
+    std::memcpy(pl, limit + j, bytes);
+    op.backward(pg, px, pl, pd, sum);
+    std::memcpy(dx + j, pd, bytes);
+  }
+  return sum.total();
+}
+
+}  // namespace
+}  // namespace ocsquant

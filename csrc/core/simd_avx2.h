@@ -1,0 +1,68 @@
+// The vector type of the algorithms in *_impl.h, eight lanes. Included inside a target region.
+#pragma once
+
+namespace ocsquant {
+namespace {
+
+struct Simd {
+  static constexpr int W = 8;
+  using F = __m256;
+  using I = __m256i;
+  static OCSQ_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  static OCSQ_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static OCSQ_INLINE F set1(float v) { return _mm256_set1_ps(v); }
+  static OCSQ_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static OCSQ_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
+  static OCSQ_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static OCSQ_INLINE F rint(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static OCSQ_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
+  static OCSQ_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static OCSQ_INLINE F select_beyond(F q, F limit, F a, F b) {
+    const F size = _mm256_castsi256_ps(abs_bits(q));
+    return _mm256_blendv_ps(b, a, _mm256_cmp_ps(size, limit, _CMP_GT_OQ));
+  }
+
+  static OCSQ_INLINE I zero_i() { return _mm256_setzero_si256(); }
+  static OCSQ_INLINE I set1_i(int32_t v) { return _mm256_set1_epi32(v); }
+  static OCSQ_INLINE I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static OCSQ_INLINE I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
+  static OCSQ_INLINE I shift_left_7(I a) { return _mm256_slli_epi32(a, 7); }
+  static OCSQ_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
+  static OCSQ_INLINE I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
+  static OCSQ_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+  static OCSQ_INLINE int32_t reduce_max(I v) {
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+  }
+  static OCSQ_INLINE I round_to_int(F v) { return _mm256_cvtps_epi32(v); }
+  static OCSQ_INLINE I count_beyond(I count, I code, I limit) {
+    return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(_mm256_abs_epi32(code), limit));
+  }
+  static OCSQ_INLINE int32_t reduce_add(I v) {
+    __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+  }
+  static OCSQ_INLINE void store_i16(int16_t* p, I a, I b) {
+    const I packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packs works per 128-bit half
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
+  static OCSQ_INLINE F load_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static OCSQ_INLINE void store_bf16(uint16_t* p, F v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    r = _mm256_srli_epi32(r, 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(r, r), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+  }
+};
+
+}  // namespace
+}  // namespace ocsquant

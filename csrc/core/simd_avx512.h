@@ -1,0 +1,60 @@
+// The vector type of the algorithms in *_impl.h, sixteen lanes. Included inside a target region.
+#pragma once
+
+namespace ocsquant {
+namespace {
+
+struct Simd {
+  static constexpr int W = 16;
+  using F = __m512;
+  using I = __m512i;
+  static OCSQ_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static OCSQ_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static OCSQ_INLINE F set1(float v) { return _mm512_set1_ps(v); }
+  static OCSQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static OCSQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static OCSQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static OCSQ_INLINE F rint(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static OCSQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static OCSQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static OCSQ_INLINE F select_beyond(F q, F limit, F a, F b) {
+    const F size = _mm512_castsi512_ps(abs_bits(q));
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(size, limit, _CMP_GT_OQ), b, a);
+  }
+
+  static OCSQ_INLINE I zero_i() { return _mm512_setzero_si512(); }
+  static OCSQ_INLINE I set1_i(int32_t v) { return _mm512_set1_epi32(v); }
+  static OCSQ_INLINE I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static OCSQ_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static OCSQ_INLINE I shift_left_7(I a) { return _mm512_slli_epi32(a, 7); }
+  static OCSQ_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
+  static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+  static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+  static OCSQ_INLINE int32_t reduce_max(I v) { return _mm512_reduce_max_epi32(v); }
+  static OCSQ_INLINE I round_to_int(F v) { return _mm512_cvtps_epi32(v); }
+  static OCSQ_INLINE I count_beyond(I count, I code, I limit) {
+    const __mmask16 beyond = _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(code), limit);
+    return _mm512_mask_add_epi32(count, beyond, count, _mm512_set1_epi32(1));
+  }
+  static OCSQ_INLINE int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
+  static OCSQ_INLINE void store_i16(int16_t* p, I a, I b) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtsepi32_epi16(b));
+  }
+  static OCSQ_INLINE F load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static OCSQ_INLINE void store_bf16(uint16_t* p, F v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    r = _mm512_srli_epi32(r, 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    r = _mm512_mask_blend_epi32(nan, r, _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  }
+};
+
+}  // namespace
+}  // namespace ocsquant

@@ -1,0 +1,62 @@
+// The vector type of the algorithms in *_impl.h, one lane wide: the oracle of the fast ones, and what runs where no
+// instruction set below applies.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace ocsquant {
+namespace {
+
+struct Simd {
+  static constexpr int W = 1;
+  using F = float;
+  using I = int32_t;
+  static F load(const float* p) { return *p; }
+  static void store(float* p, F v) { *p = v; }
+  static F set1(float v) { return v; }
+  static F add(F a, F b) { return a + b; }
+  static F sub(F a, F b) { return a - b; }
+  static F mul(F a, F b) { return a * b; }
+  static F rint(F v) { return std::nearbyint(v); }
+  // The second operand where either is NaN, as the x86 instructions do: clamp(NaN) stays NaN with the value second.
+  static F min(F a, F b) { return a < b ? a : b; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  // a where |q| > limit, else b; a NaN q selects b.
+  static F select_beyond(F q, F limit, F a, F b) { return std::fabs(q) > limit ? a : b; }
+
+  static I zero_i() { return 0; }
+  static I set1_i(int32_t v) { return v; }
+  static I load_i(const int32_t* p) { return *p; }
+  static I sub_i(I a, I b) { return a - b; }
+  static I shift_left_7(I a) { return static_cast<I>(static_cast<uint32_t>(a) << 7); }
+  static F to_float(I v) { return static_cast<float>(v); }
+  static I abs_bits(F v) {
+    int32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return bits & 0x7fffffff;
+  }
+  static I max_i(I a, I b) { return a > b ? a : b; }
+  static int32_t reduce_max(I v) { return v; }
+  static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
+  static I count_beyond(I count, I code, I limit) { return count + (code > limit || code < -limit); }
+  static int32_t reduce_add(I v) { return v; }
+  static void store_i16(int16_t* p, I a, I b) {
+    p[0] = static_cast<int16_t>(a);
+    p[1] = static_cast<int16_t>(b);
+  }
+  static F load_bf16(const uint16_t* p) {
+    const uint32_t bits = static_cast<uint32_t>(*p) << 16;
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+  }
+  static void store_bf16(uint16_t* p, F v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    *p = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  }
+};
+
+}  // namespace
+}  // namespace ocsquant

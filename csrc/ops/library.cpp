@@ -1,0 +1,17 @@
+// Every schema of the library; kernels register themselves in the file that holds them.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(ocsquant, m) {
+  m.def("pack_weight(Tensor codes, Tensor? tail=None) -> Tensor");
+  m.def("unpack_weight(Tensor packed, int n, int k, int e=0) -> (Tensor, Tensor)");
+  m.def(
+      "quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
+      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0) -> Tensor");
+  // The same kernel under a name that carries an autograd formula: registering one costs a call 5 us even when unused.
+  m.def(
+      "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
+      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0) -> Tensor");
+  m.def("fake_quantize_split(Tensor x, Tensor scale, Tensor splits, int bits) -> Tensor");
+  m.def("fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");
+  m.def("cpu_isa() -> (str, str)");
+}
