@@ -1,0 +1,227 @@
+"""Build the new modules of a plan, aside from the model, and the list of changes that would put them in place."""
+
+from __future__ import annotations
+
+import copy
+import heapq
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ocsquant.config import Recipe
+from ocsquant.layers import UNLIMITED, Matrix, budget_splits, matrices, plan_from, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.methods import ocs
+from ocsquant.methods.grid import QuantizedWeight, largest_range, weight_sqnr
+from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
+from ocsquant.planning import Plan, Target
+from ocsquant.reporting import Layer
+from ocsquant.transaction import Change, become, inherit, replace_child, set_attribute, set_class
+
+Item = TypeVar("Item")
+Progress = Callable[[Iterable[Target]], Iterable[Target]]
+
+
+def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> tuple[list[Change], list[Layer]]:
+    """Every change and every report line; the model is only read."""
+    changes: list[Change] = []
+    layers: list[Layer] = []
+    budget = _share_budget(plan.targets, simulate)
+    shared: dict[int, QuantizedLinear] = {}
+    for target in progress(plan.targets):
+        new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
+        inherit(new, target.module)
+        if simulate and target.kind == "linear" and target.recipe.activations and target.recipe.weights.bits is not None:
+            _hook_input(new, target)
+        changes += [replace_child(parent, name, new) for parent, name in target.places]
+        if not target.places:
+            changes.append(become(target.module, new))
+        layers.append(layer)
+    layers += _redirect(model, plan, changes)
+    layers += [Layer(path, kind, reason=reason) for path, kind, reason in plan.skipped]
+    return changes, layers
+
+
+def _build_target(
+    target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan], shared: dict[int, QuantizedLinear]
+) -> tuple[nn.Module, Layer]:
+    module, recipe = target.module, target.recipe
+    integer = not simulate and recipe.weights.bits is not None
+    notes = []
+    found: list[tuple[Matrix, ocs.SplitPlan | None]] = []
+    for matrix in matrices(module, target.path):
+        plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights, integer)
+        if target.kind == "embedding" and recipe.weights.split is not None:
+            plan, notes = None, ["not split: an embedding has no input channels"]
+        found.append((matrix, plan))
+    if recipe.weights.bits is None:
+        return _build_split(target, *found[0])
+    quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in found]
+    layer = _describe(target, found, quantized)
+    if integer:
+        assert isinstance(module, nn.Linear)
+        new: nn.Module = _build_linear(module, quantized[0], recipe, shared)
+        layer.kernel = "quantized_linear"
+        layer.bytes_after = sum(b.numel() * b.element_size() for b in new.buffers())
+        layer.split_channels = new.split_channels  # type: ignore[assignment]
+    else:
+        new = _build_simulated(module, [matrix for matrix, _ in found], quantized)
+        layer.kernel = "simulated in float"
+        if target.kind != "linear" and recipe.activations is not None:
+            notes.append("activations stay float")
+        layer.simulated = True
+    layer.reason = "; ".join(notes)
+    return new, layer
+
+
+def _build_linear(
+    module: nn.Linear, weight: QuantizedWeight, recipe: Recipe, shared: dict[int, QuantizedLinear]
+) -> QuantizedLinear:
+    assert recipe.activations is not None
+    if weight.scale.shape[0] != weight.codes.shape[0]:
+        weight = QuantizedWeight(weight.codes, weight.scale.expand(weight.codes.shape[0], 1), *_rest(weight))
+    new = QuantizedLinear.from_weight(weight, module.bias, recipe.activations)
+    # Two layers that share a weight go on sharing it.
+    first = shared.setdefault(id(module.weight), new)
+    if first is not new and torch.equal(first.packed, new.packed) and torch.equal(first.scale, new.scale):
+        new.packed, new.scale, new.tail_index = first.packed, first.scale, first.tail_index
+    return new
+
+
+def _rest(weight: QuantizedWeight) -> tuple[Any, ...]:
+    return weight.zero, weight.ranges, weight.bits, weight.group_size
+
+
+def _build_simulated(module: nn.Module, found: list[Matrix], quantized: list[QuantizedWeight]) -> nn.Module:
+    new = copy.copy(module)
+    new.__dict__ = dict(module.__dict__)
+    new._parameters = dict(module._parameters)
+    for matrix, weight in zip(found, quantized, strict=True):
+        old = module._parameters[matrix.name]
+        assert old is not None
+        values = weight.dequantize().reshape(matrix.shape).to(old.dtype)
+        new._parameters[matrix.name] = nn.Parameter(values, requires_grad=old.requires_grad)
+    if isinstance(new, nn.RNNBase):
+        new._init_flat_weights()
+    return new
+
+
+def _hook_input(new: nn.Module, target: Target) -> None:
+    assert target.recipe.activations is not None
+    new._forward_pre_hooks = OrderedDict(new._forward_pre_hooks)
+    new.register_forward_pre_hook(FakeQuantizeInput(target.recipe.activations))
+
+
+def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> tuple[nn.Module, Layer]:
+    module = target.module
+    plan = plan or ocs.SplitPlan(torch.ones(matrix.channels, dtype=torch.int32))
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    expanded, index = ocs.expand_weight(weight, plan)
+    if isinstance(module, nn.Linear):
+        new: nn.Module = SplitLinear(expanded, module.bias, index)
+    else:
+        assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+        new = SplitConv(module, expanded, index)
+    layer = Layer(target.path, type(module).__name__, kernel="float, channels copied")
+    layer.split_channels = int((plan.copies > 1).sum())
+    layer.bytes_before = weight.numel() * weight.element_size()
+    layer.bytes_after = expanded.numel() * expanded.element_size()
+    layer.sqnr = float("inf")
+    return new, layer
+
+
+def _describe(
+    target: Target, found: list[tuple[Matrix, ocs.SplitPlan | None]], quantized: list[QuantizedWeight]
+) -> Layer:
+    module, recipe = target.module, target.recipe
+    layer = Layer(target.path, type(module).__name__, bits=recipe.weights.bits)
+    layer.activation_bits = recipe.activations.bits if recipe.activations and target.kind == "linear" else None
+    layer.bytes_before = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    rest = layer.bytes_before - sum(
+        getattr(module, m.name).numel() * getattr(module, m.name).element_size() for m, _ in found
+    )
+    layer.bytes_after = rest + sum(
+        stored_bytes(q, plan, m.positions) for (m, plan), q in zip(found, quantized, strict=True)
+    )
+    layer.split_channels = sum(int((plan.copies > 1).sum()) for _, plan in found if plan is not None)
+    values = torch.cat([m.values.flatten() for m, _ in found])
+    layer.sqnr = weight_sqnr(values, torch.cat([q.dequantize().flatten() for q in quantized]))
+    return layer
+
+
+def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer]:
+    """Keep attention and transformer layers from reading weights past the modules that now hold them."""
+    quantized = {id(target.module) for target in plan.targets}
+    layers = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in quantized:
+            changes.append(set_class(module, QuantizedMultiheadAttention))
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            inside = (module.linear1, module.linear2, module.self_attn.out_proj)
+            if any(id(m) in quantized for m in inside) and module.__dict__.get("activation_relu_or_gelu"):
+                # The one condition of the fused path that belongs to the instance and to nothing else.
+                changes.append(set_attribute(module, "activation_relu_or_gelu", 0))
+                layers.append(Layer(path, type(module).__name__, reason="fused inference path switched off: it reads weights"))
+        elif isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor"):
+            if any(id(m) in quantized for m in module.modules()):
+                changes.append(set_attribute(module, "use_nested_tensor", False))
+                layers.append(Layer(path, type(module).__name__, reason="nested tensors switched off: that path reads weights"))
+    return layers
+
+
+def _share_budget(targets: list[Target], simulate: bool) -> dict[int, dict[str, ocs.SplitPlan]]:
+    """Splits under `OCS.max_overhead`: by error gain per byte over all layers of one recipe."""
+    plans: dict[int, dict[str, ocs.SplitPlan]] = {}
+    recipes = {id(t.recipe): t.recipe for t in targets}
+    for key, recipe in recipes.items():
+        split = recipe.weights.split
+        if split is None or split.max_overhead is None:
+            continue
+        members = [t for t in targets if id(t.recipe) == key and t.kind != "embedding"]
+        for target, matrix, channels in _spend(members, recipe, split.max_overhead, simulate):
+            if channels:
+                plans.setdefault(id(target.module), {})[matrix.name] = plan_from(matrix, split, iter(channels))
+    return plans
+
+
+def _spend(
+    members: list[Target], recipe: Recipe, overhead: float, simulate: bool
+) -> Iterator[tuple[Target, Matrix, list[int]]]:
+    found = [(target, matrix) for target in members for matrix in matrices(target.module, target.path)]
+    integer = not simulate and recipe.weights.bits is not None
+    limit = largest_range(recipe.weights.bits) if integer and recipe.weights.bits else UNLIMITED
+    chosen: list[list[int]] = [[] for _ in found]
+    orders = []
+    for _, matrix in found:
+        most = matrix.channels if overhead else 0
+        orders.append(islice(budget_splits(matrix.magnitude(), recipe.weights, limit), most))
+    bits = recipe.weights.bits or 32
+    left = overhead * sum(matrix.values.numel() * bits / 8 for _, matrix in found)
+    power = [max(float(matrix.values.square().sum()), 1e-30) for _, matrix in found]
+    heap: list[tuple[float, int, int]] = []
+
+    def offer(i: int) -> None:
+        step = next(orders[i], None)
+        if step is not None:
+            channel, gain = step
+            heapq.heappush(heap, (-gain / power[i] / _cost(found[i][1], chosen[i], channel), i, channel))
+
+    for i in range(len(found)):
+        offer(i)
+    while heap:
+        _, i, channel = heapq.heappop(heap)
+        cost = _cost(found[i][1], chosen[i], channel)
+        if cost <= left:
+            chosen[i].append(channel)
+            left -= cost if cost > 1 else 0
+            offer(i)
+    for (target, matrix), channels in zip(found, chosen, strict=True):
+        yield target, matrix, channels
+
+
+def _cost(matrix: Matrix, chosen: list[int], channel: int) -> float:
+    """Bytes of one more copy: a tail column for the first, next to nothing for those that use the same column."""
+    return 1.0 if channel in chosen else matrix.values.shape[0] * matrix.positions + 4.0

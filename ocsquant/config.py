@@ -1,0 +1,217 @@
+"""What a user asks for: frozen, validated, and the same after a round trip through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ocsquant.errors import ArgumentError, ArgumentTypeError
+
+CLIPS = ("none", "mse", "aciq", "kl")
+GRANULARITIES = ("channel", "tensor", "group")
+
+
+def check_number(arg: str, value: Any, low: float, high: float, whole: bool = False) -> None:
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise ArgumentTypeError(arg, f"{kind} {low}..{high}", repr(value))
+    if not low <= value <= high:
+        raise ArgumentError(arg, f"{kind} {low}..{high}", value)
+
+
+def check_choice(arg: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise ArgumentTypeError(arg, "one of " + ", ".join(choices), repr(value))
+    if value not in choices:
+        raise ArgumentError(arg, "one of " + ", ".join(choices), repr(value))
+
+
+def check_type(arg: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kind):
+        raise ArgumentTypeError(arg, expected, repr(value))
+
+
+@dataclass(frozen=True)
+class OCS:
+    """Outlier channel splitting of weights (Zhao et al. 2019, arXiv 1901.09504).
+
+    Args:
+        expand_ratio: splits per layer as a share of its input channels, 0..1; ceil(expand_ratio * channels) are made.
+        max_overhead: instead, one budget for the whole model: added bytes over weight bytes, 0..1; the channels with the
+            largest error gain per byte are split, whatever their layer.
+        shares: "equal" gives n copies 1/n each, "halving" halves the largest copy as the paper does.
+        quantization_aware: split w into (w - step/2)/2 and (w + step/2)/2, so that the copies' codes add up to w's own.
+            False is the paper's naive split into equal values, for its tables.
+        select: "max" splits the channel with the largest copy, as the paper does; "gain" the one whose split lowers the
+            layer's squared error most.
+    """
+
+    expand_ratio: float = 0.0
+    max_overhead: float | None = None
+    shares: str = "equal"
+    quantization_aware: bool = True
+    select: str = "max"
+
+    def __post_init__(self) -> None:
+        check_number("expand_ratio", self.expand_ratio, 0.0, 1.0)
+        if self.max_overhead is not None:
+            check_number("max_overhead", self.max_overhead, 0.0, 1.0)
+            if self.expand_ratio:
+                raise ArgumentError("max_overhead", "None where expand_ratio is given", self.max_overhead)
+        check_choice("shares", self.shares, ("equal", "halving"))
+        check_type("quantization_aware", self.quantization_aware, bool, "True or False")
+        check_choice("select", self.select, ("max", "gain"))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How weights are quantized.
+
+    Args:
+        bits: 2..8, or None to split channels without rounding (float arithmetic, for `verify_equivalence`).
+        granularity: one scale per "channel" (output), per "tensor", or per "group" of `group_size` inputs of an output.
+        group_size: 8..131072 input channels.
+        symmetric: codes in -Q..Q around zero; False uses a zero point and all 2^bits codes (per channel or group).
+        clip: "none" (largest magnitude), "mse" (least squared error), "aciq" (arXiv 1810.05723) or "kl" (TensorRT's).
+        split: an `OCS`, or None.
+    """
+
+    bits: int | None = 8
+    granularity: str = "channel"
+    group_size: int = 128
+    symmetric: bool = True
+    clip: str = "none"
+    split: OCS | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            check_number("bits", self.bits, 2, 8, whole=True)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_number("group_size", self.group_size, 8, 131072, whole=True)
+        check_type("symmetric", self.symmetric, bool, "True or False")
+        check_choice("clip", self.clip, CLIPS)
+        if self.split is not None:
+            check_type("split", self.split, OCS, "an ocsquant.OCS or None")
+        if not self.symmetric and (self.split is not None or self.clip != "none" or self.granularity == "tensor"):
+            raise ArgumentError("symmetric", "True with split, clip or one scale per tensor", False)
+        if self.bits is None and self.split is None:
+            raise ArgumentError("bits", "2..8 where split is None", None)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the inputs of a layer are quantized: one step per token, found as it runs.
+
+    Args:
+        bits: 2..8.
+        max_outliers: 0..64 values of a token that may keep codes beyond the range; 0 is plain dynamic quantization.
+        outlier_threshold: 2..1e6 root mean squares of the token, the largest value inside the range.
+    """
+
+    bits: int = 8
+    max_outliers: int = 16
+    outlier_threshold: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_number("bits", self.bits, 2, 8, whole=True)
+        check_number("max_outliers", self.max_outliers, 0, 64, whole=True)
+        check_number("outlier_threshold", self.outlier_threshold, 2.0, 1e6)
+
+
+def PerToken(bits: int = 8, max_outliers: int = 16, outlier_threshold: float = 4.0) -> Activations:
+    """Dynamic per-token activations with run-time outlier splitting; `max_outliers=0` switches the splitting off."""
+    return Activations(bits, max_outliers, outlier_threshold)
+
+
+def _frozen_overrides(overrides: Any) -> dict[str, "Recipe"]:
+    check_type("overrides", overrides, Mapping, "a mapping from patterns to recipes or scheme names")
+    for pattern in overrides:
+        check_type("overrides", pattern, str, "a mapping whose keys are patterns")
+    return {pattern: as_recipe(value, f"overrides[{pattern!r}]") for pattern, value in overrides.items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole request: weights, activations (None: float activations), and which layers differ.
+
+    Args:
+        weights: a `Weights`.
+        activations: an `Activations` (see `PerToken`), or None for weight-only quantization.
+        overrides: pattern -> Recipe or scheme name, the first match counts. Patterns are globs over module paths
+            ("*.down_proj"), or regular expressions after "re:".
+        ignore: patterns of modules to leave alone.
+    """
+
+    weights: Weights = field(default_factory=Weights)
+    activations: Activations | None = field(default_factory=Activations)
+    overrides: Mapping[str, Any] | None = None
+    ignore: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        check_type("weights", self.weights, Weights, "an ocsquant.Weights")
+        if self.activations is not None:
+            check_type("activations", self.activations, Activations, "an ocsquant.Activations or None")
+        if self.overrides is not None:
+            object.__setattr__(self, "overrides", _frozen_overrides(self.overrides))
+        if self.ignore is not None:
+            object.__setattr__(self, "ignore", check_patterns("ignore", self.ignore))
+
+    def to_json(self) -> str:
+        """JSON text that `Recipe.from_json` turns back into an equal recipe."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """The recipe of `to_json`'s text. Raises ArgumentError for anything else."""
+        check_type("text", text, str, "JSON text")
+        try:
+            return _recipe_from_dict(json.loads(text))
+        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+            raise ArgumentError("text", "JSON written by Recipe.to_json", f"{error}") from error
+
+
+def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
+    weights = dict(data["weights"])
+    if weights.get("split") is not None:
+        weights["split"] = OCS(**weights["split"])
+    activations = data["activations"]
+    overrides = data["overrides"]
+    return Recipe(
+        Weights(**weights),
+        None if activations is None else Activations(**activations),
+        None if overrides is None else {k: _recipe_from_dict(v) for k, v in overrides.items()},
+        None if data["ignore"] is None else tuple(data["ignore"]),
+    )
+
+
+def check_patterns(arg: str, patterns: Any) -> tuple[str, ...]:
+    if isinstance(patterns, str) or not isinstance(patterns, (list, tuple, set, frozenset)):
+        raise ArgumentTypeError(arg, "a list of patterns", repr(patterns))
+    for pattern in patterns:
+        check_type(arg, pattern, str, "a list of patterns")
+    return tuple(patterns)
+
+
+SCHEMES: dict[str, Recipe] = {
+    "W8A8": Recipe(),
+    "W8A16": Recipe(Weights(bits=8), None),
+    "W4A8": Recipe(Weights(bits=4, granularity="group", group_size=128, symmetric=False)),
+    "W4A16": Recipe(Weights(bits=4, granularity="group", group_size=128, symmetric=False), None),
+    "W3A16": Recipe(Weights(bits=3, granularity="group", group_size=64, symmetric=False), None),
+}
+
+
+def as_recipe(value: Any, arg: str) -> Recipe:
+    """A recipe from itself, from a scheme's name, or (None) the default W8A8."""
+    if value is None:
+        return SCHEMES["W8A8"]
+    if isinstance(value, Recipe):
+        return value
+    if not isinstance(value, str):
+        raise ArgumentTypeError(arg, "a Recipe or one of " + ", ".join(SCHEMES), repr(value))
+    if value not in SCHEMES:
+        raise ArgumentError(arg, "a Recipe or one of " + ", ".join(SCHEMES), repr(value))
+    return SCHEMES[value]

@@ -1,0 +1,279 @@
+"""Save and load quantized models: a safetensors file with one metadata record, checked in full before a model is touched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ocsquant import ops, reporting
+from ocsquant.config import Activations, check_type
+from ocsquant.errors import (
+    ArgumentError,
+    CorruptCheckpointError,
+    SchemaMismatchError,
+    TruncatedCheckpointError,
+    UnsupportedModuleError,
+    UnsupportedVersionError,
+)
+from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
+from ocsquant.transaction import Change, become, commit, inherit, replace_child, set_attribute, set_class
+
+VERSION = 1
+KEY = "ocsquant"
+SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
+          torch.int64, torch.bool)  # fmt: skip
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a quantized model to a safetensors file; a crash leaves the old file or the new one, never half of it.
+
+    Raises ArgumentError for a model without quantized layers, UnsupportedModuleError for simulated or written-out split
+    layers (save their state_dict with torch.save instead).
+    """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("path", path, (str, os.PathLike), "a path")
+    layers: dict[str, Any] = {}
+    attention, attributes = [], []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantizedLinear):
+            layers[name] = module.settings()
+        elif isinstance(module, (SplitLinear, SplitConv)) or _simulated(module):
+            raise UnsupportedModuleError(name, "simulated and written-out split layers are not saved by ocsquant.save")
+        elif isinstance(module, QuantizedMultiheadAttention):
+            attention.append(name)
+        elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
+            attributes += [[name, a, module.__dict__[a]] for a in SWITCHED_OFF if not module.__dict__.get(a, True)]
+    if not layers:
+        raise ArgumentError("model", "a model with quantized layers", type(model).__name__)
+    tensors, aliases = _unique(model.state_dict())
+    record = {
+        "version": VERSION,
+        "layers": layers,
+        "attention": attention,
+        "attributes": attributes,
+        "aliases": aliases,
+        "sha256": {name: _sha256(t) for name, t in tensors.items()},
+        "report": reporting.layers_to_json(model.__dict__.get(reporting.ATTRIBUTE, ())),
+    }
+    _write(tensors, {KEY: json.dumps(dict(record, digest=_digest(record)), sort_keys=True)}, Path(path))
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Turn a float model of the same architecture into the quantized one of a file, in place; returns the model.
+
+    The model may be on the meta device. Everything is checked first: checksums, names, shapes, dtypes, ranges.
+
+    Raises FileNotFoundError, TruncatedCheckpointError, CorruptCheckpointError, UnsupportedVersionError,
+    SchemaMismatchError; the model is then what it was.
+    """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("path", path, (str, os.PathLike), "a path")
+    tensors, record = _read(Path(path))
+    with torch.no_grad():
+        changes = _place(model, tensors, record)
+    commit(changes)
+    return model
+
+
+def _simulated(module: nn.Module) -> bool:
+    return any(isinstance(hook, FakeQuantizeInput) for hook in module._forward_pre_hooks.values())
+
+
+def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by the first of their names, and the other names of each."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key] = name
+            tensors[name] = tensor.detach().contiguous().clone()  # safetensors refuses views of a shared storage
+    return tensors, aliases
+
+
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"").hexdigest()
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        os.close(handle)
+        save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
+        for name in (temporary, None):
+            if name is None:
+                os.replace(temporary, path)
+            descriptor = os.open(name or path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise TruncatedCheckpointError(f"{path} is no complete safetensors file: {error}") from error
+    if text is None:
+        raise UnsupportedVersionError(f"{path} has no '{KEY}' metadata: it was not written by ocsquant.save")
+    try:
+        record = json.loads(text)
+        version, digest = record["version"], record.pop("digest")
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(f"{path}: its '{KEY}' metadata cannot be read: {error}") from error
+    if version != VERSION:
+        raise UnsupportedVersionError(f"{path} has format version {version!r}, this ocsquant reads {VERSION}")
+    if digest != _digest(record):
+        raise CorruptCheckpointError(f"{path}: its '{KEY}' metadata does not match its digest")
+    if set(record) != {"version", "layers", "attention", "attributes", "aliases", "sha256", "report"}:
+        raise CorruptCheckpointError(f"{path}: its '{KEY}' metadata has unknown or missing entries")
+    if set(record["sha256"]) != set(tensors):
+        raise CorruptCheckpointError(f"{path}: the tensors and their checksums differ in number or name")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise CorruptCheckpointError(f"{path}: tensor '{name}' has dtype {tensor.dtype}")
+        if _sha256(tensor) != record["sha256"][name]:
+            raise CorruptCheckpointError(f"{path}: tensor '{name}' does not match its checksum")
+    for name, source in record["aliases"].items():
+        if source not in tensors or name in tensors:
+            raise CorruptCheckpointError(f"{path}: '{name}' names a tensor '{source}' that is not there")
+        tensors[name] = tensors[source]
+    return tensors, record
+
+
+def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any]) -> list[Change]:
+    """Check a file against the model and list what loading it changes."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    left = dict(tensors)
+    changes: list[Change] = []
+    made: dict[int, nn.Module] = {}
+    for path, settings in record["layers"].items():
+        old = modules.get(path)
+        if not isinstance(old, (nn.Linear, QuantizedLinear)):
+            raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
+        prefix = f"{path}." if path else ""
+        new = _layer(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
+        new = made.setdefault(id(old), inherit(new, old))
+        parent, _, name = path.rpartition(".")
+        changes.append(replace_child(modules[parent], name, new) if path else become(old, new))
+    for name in record["attention"]:
+        if not isinstance(modules.get(name), nn.MultiheadAttention):
+            raise SchemaMismatchError(f"the file has an attention '{name}', the model {type(modules.get(name)).__name__}")
+        changes.append(set_class(modules[name], QuantizedMultiheadAttention))
+    for name, attribute, value in record["attributes"]:
+        if attribute not in SWITCHED_OFF or name not in modules or value:
+            raise SchemaMismatchError(f"the file sets '{attribute}' of '{name}', which the model does not have")
+        changes.append(set_attribute(modules[name], attribute, value))
+    changes += _place_floats(model, left, set(record["layers"]))
+    try:
+        layers = tuple(reporting.Layer(**row) for row in record["report"])
+    except TypeError as error:
+        raise CorruptCheckpointError(f"the file's report cannot be read: {error}") from error
+    return [*changes, set_attribute(model, reporting.ATTRIBUTE, layers or None)]
+
+
+LAYER_TENSORS = ("packed", "scale", "bias", "tail_index")
+
+
+def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor]) -> QuantizedLinear:
+    """One quantized layer, its tensors checked for what the kernels rely on."""
+
+    def need(condition: bool, text: str) -> None:
+        if not condition:
+            raise CorruptCheckpointError(f"layer '{path}': {text}")
+
+    try:
+        k, n, bits = settings["in_features"], settings["out_features"], settings["bits"]
+        activations = Activations(*settings["activations"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(f"layer '{path}': its settings cannot be read: {error}") from error
+    need(all(type(v) is int and v > 0 for v in (k, n, bits)) and 2 <= bits <= 8, "sizes and bits must be whole numbers")
+    if (old.in_features, old.out_features, old.bias is not None) != (k, n, "bias" in t):
+        raise SchemaMismatchError(f"layer '{path}' is {n} x {k} (bias: {'bias' in t}) in the file, {old} in the model")
+    need({"packed", "scale"} <= set(t), "packed and scale must be there")
+    packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
+    need(packed.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (n,), "wrong dtype or shape")
+    need(bool((scale.isfinite() & (scale > 0)).all()), "scales must be finite and positive")
+    need(bias is None or (bias.dtype == torch.float32 and bias.shape == (n,)), "bias must be float32, one per output")
+    e = 0
+    if index is not None:
+        e = index.numel()
+        need(index.dtype == torch.int32 and index.dim() == 1 and e > 0, "tail_index must be an int32 vector")
+        need(bool((index[1:] > index[:-1]).all()) and 0 <= int(index[0]) and int(index[-1]) < k, "tail_index out of range")
+    shape = (-(-n // ops.PANEL), -(-k // ops.GROUP) + -(-e // ops.GROUP) + 1, ops.PANEL, ops.GROUP)
+    need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
+    base, tail = ops.unpack_weight(packed, n, k, e)
+    need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their sums")
+    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index)
+
+
+def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]) -> list[Change]:
+    """Everything but the quantized layers: into the parameter or buffer of the same name."""
+    changes: list[Change] = []
+    fresh: dict[int, nn.Parameter] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path in quantized:
+            continue
+        transient = module._non_persistent_buffers_set
+        for name, old in (*module._parameters.items(), *module._buffers.items()):
+            if old is None:
+                continue
+            full = f"{path}.{name}" if path else name
+            if name in transient:
+                if old.is_meta:
+                    raise SchemaMismatchError(f"buffer '{full}' is not in the file and on the meta device: build it on the CPU")
+                continue
+            if full not in left:
+                raise SchemaMismatchError(f"the model has a tensor '{full}', the file has not")
+            new = left.pop(full)
+            if new.shape != old.shape or new.dtype != old.dtype:
+                raise SchemaMismatchError(
+                    f"'{full}' is {new.dtype} {tuple(new.shape)} in the file, {old.dtype} {tuple(old.shape)} in the model"
+                )
+            changes.append(_set_tensor(module, name, old, new, fresh))
+    if left:
+        raise SchemaMismatchError(f"the file has tensors that the model has not: {', '.join(sorted(left)[:5])}")
+    return changes
+
+
+def _set_tensor(module: nn.Module, name: str, old: Tensor, new: Tensor, fresh: dict[int, nn.Parameter]) -> Change:
+    if not old.is_meta:
+        before = old.data
+        return lambda: setattr(old, "data", new), lambda: setattr(old, "data", before)
+    store: dict[str, Any] = module._parameters if isinstance(old, nn.Parameter) else module._buffers
+    value: Tensor = new
+    if isinstance(old, nn.Parameter):  # parameters that were tied stay tied
+        value = fresh.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+    return lambda: store.__setitem__(name, value), lambda: store.__setitem__(name, old)

@@ -1,0 +1,116 @@
+"""What there is to quantize in a module: its weight matrices, and how one of them becomes codes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from ocsquant.config import OCS, Weights
+from ocsquant.errors import NonFiniteError
+from ocsquant.methods import ocs
+from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, quantize_weight
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+RECURRENT = (nn.LSTM, nn.GRU)
+UNLIMITED = 2**15  # no int8 tail bounds the range of a simulated layer
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight of a module, seen as float32 [outputs, channels * positions]."""
+
+    name: str
+    shape: torch.Size
+    values: Tensor
+    channels: int
+    positions: int
+
+    def magnitude(self) -> Tensor:
+        """[outputs, channels]: the largest |w| over a kernel's positions."""
+        return self.values.abs().reshape(self.values.shape[0], self.channels, self.positions).amax(-1)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """ "linear", "conv", "recurrent" or "embedding"; None for a module without weights to quantize.
+
+    A subclass counts as its base only while it keeps the base's forward.
+    """
+    for kind, bases in (("linear", (nn.Linear,)), ("conv", CONVOLUTIONS), ("recurrent", RECURRENT), ("embedding", EMBEDDINGS)):
+        if any(isinstance(module, base) and type(module).forward is base.forward for base in bases):
+            return kind
+    return None
+
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+def weight_names(module: nn.Module) -> list[str]:
+    if isinstance(module, RECURRENT):
+        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+    return ["weight"]
+
+
+def matrices(module: nn.Module, path: str) -> Iterator[Matrix]:
+    """The weights of a module, checked to be finite."""
+    for name in weight_names(module):
+        weight = getattr(module, name).detach()
+        values = weight.float().reshape(weight.shape[0], -1)
+        bad = ~values.isfinite()
+        if bad.any():
+            raise NonFiniteError(f"{path}.{name}".lstrip("."), int(bad.sum()), int(bad.flatten().nonzero()[0]))
+        positions = weight[0, 0].numel() if weight.dim() > 2 else 1
+        yield Matrix(name, weight.shape, values, weight.shape[1], positions)
+
+
+def budget_splits(magnitude: Tensor, weights: Weights, limit: int) -> Iterator[tuple[int, float]]:
+    return ocs.splits_by_gain(magnitude, weights.bits or 8, weights.granularity, weights.group_size, weights.clip, limit)
+
+
+def plan_splits(matrix: Matrix, weights: Weights, integer: bool) -> ocs.SplitPlan | None:
+    """Which channels of one matrix to split, for `expand_ratio`; None where nothing is to be split."""
+    split = weights.split
+    if split is None or split.max_overhead is not None:
+        return None
+    splits = ocs.split_count(split.expand_ratio, matrix.channels)
+    if splits == 0:
+        return None
+    limit = largest_range(weights.bits) if integer and weights.bits else UNLIMITED
+    magnitude = matrix.magnitude()
+    if split.select == "max":
+        return ocs.plan_largest(magnitude.amax(0), splits, split.shares, limit)
+    return plan_from(matrix, split, (channel for channel, _ in islice(budget_splits(magnitude, weights, limit), splits)))
+
+
+def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitPlan:
+    copies = torch.ones(matrix.channels, dtype=torch.int32)
+    for channel in channels:
+        copies[channel] += 1
+    return ocs.SplitPlan(copies, split.shares)
+
+
+def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
+    """The codes of one weight, clipped after splitting."""
+    assert weights.bits is not None
+    ranges = None if plan is None else plan.ranges().repeat_interleave(matrix.positions)
+    quantized = quantize_weight(
+        matrix.values, weights.bits, weights.granularity, weights.group_size, weights.symmetric, weights.clip, ranges
+    )
+    if plan is None or weights.split is None or weights.split.quantization_aware:
+        return quantized
+    copies = ocs.SplitPlan(plan.copies.repeat_interleave(matrix.positions), plan.shares)
+    columns = torch.arange(matrix.values.shape[1]) // quantized.group_size
+    codes = ocs.naive_codes(matrix.values, quantized.scale[:, columns], copies, code_limit(weights.bits))
+    return QuantizedWeight(codes, quantized.scale, None, quantized.ranges, quantized.bits, quantized.group_size)
+
+
+def stored_bytes(quantized: QuantizedWeight, plan: ocs.SplitPlan | None, positions: int) -> int:
+    """Bytes of codes, scales, zero points and tail columns, codes packed to their bits."""
+    n, k = quantized.codes.shape
+    groups = quantized.scale.shape[1]
+    tail = 0 if plan is None else int((plan.copies > 1).sum()) * positions
+    zero = 0 if quantized.zero is None else n * groups * quantized.bits / 8
+    return int(n * k * quantized.bits / 8 + n * groups * 4 + zero + n * tail + 4 * tail)

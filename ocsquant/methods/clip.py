@@ -1,0 +1,117 @@
+"""Which magnitude the largest code stands for: none, least squared error, ACIQ, KL divergence.
+
+All take the magnitudes a *copy* of a channel holds (|w| / r), so that clipping happens after splitting, as the OCS paper
+says (its reference code clips before).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MSE_STEPS = 64
+KL_BINS, KL_START = 1001, 128
+
+
+def clip_threshold(share: Tensor, ranges: Tensor, bits: int, method: str, whole: bool) -> Tensor:
+    """The magnitude of code Q for each block.
+
+    share: [n, groups, size], magnitudes |w| / r, zeros as padding; ranges: the same shape, r of each value.
+    whole: one threshold for everything. Returns [n, groups].
+    """
+    n, groups, _ = share.shape
+    if whole:
+        share, ranges = share.reshape(1, 1, -1), ranges.reshape(1, 1, -1)
+    maximum = share.amax(-1)
+    if method == "mse":
+        threshold = _least_squares(share, ranges, bits, maximum)
+    elif method == "aciq":
+        threshold = torch.minimum(_aciq(share, bits), maximum)
+    elif method == "kl":
+        threshold = torch.minimum(_kl(share, bits), maximum)
+    else:
+        threshold = maximum
+    return threshold.expand(n, groups)
+
+
+def _least_squares(share: Tensor, ranges: Tensor, bits: int, maximum: Tensor) -> Tensor:
+    """Sweep evenly spaced thresholds for the least squared error of the quantized values."""
+    limit = 2 ** (bits - 1) - 1
+    value = share * ranges
+    best = torch.full_like(maximum, math.inf)
+    threshold = maximum.clone()
+    for step in range(1, MSE_STEPS + 1):
+        candidate = maximum * (step / MSE_STEPS)
+        scale = (candidate / limit).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        code = torch.minimum((value / scale).round_(), ranges * limit)
+        error = (code.mul_(scale) - value).square_().sum(-1)
+        better = error <= best
+        best = torch.where(better, error, best)
+        threshold = torch.where(better, candidate, threshold)
+    return threshold
+
+
+def _aciq(share: Tensor, bits: int) -> Tensor:
+    """Banner et al. 2019 (arXiv 1810.05723), the closed form of the better fitting of a Gaussian and a Laplacian."""
+    count = (share > 0).sum(-1).clamp(min=1)
+    deviation = share.sum(-1) / count
+    sigma = (share.square().sum(-1) / count).sqrt()
+    # Mean log-likelihood of each fit; the larger one is the better.
+    gaussian = -sigma.clamp(min=1e-30).log() - 0.5 * math.log(2 * math.pi * math.e)
+    laplacian = -(2 * deviation.clamp(min=1e-30)).log() - 1.0
+    return torch.where(gaussian > laplacian, sigma * gaussian_clip(bits), deviation * laplacian_clip(bits))
+
+
+def laplacian_clip(bits: int) -> float:
+    """alpha / b that minimizes 2 b^2 exp(-alpha / b) + alpha^2 / (3 * 4^bits): alpha/b * exp(alpha/b) = 3 * 4^bits."""
+    u = 1.0
+    for _ in range(50):
+        u -= (u * math.exp(u) - 3 * 4**bits) / (math.exp(u) * (1 + u))
+    return u
+
+
+def gaussian_clip(bits: int) -> float:
+    """alpha / sigma that minimizes the clipping error of a Gaussian plus alpha^2 / (3 * 4^bits), by bisection."""
+
+    def slope(u: float) -> float:
+        clipping = u * math.erfc(u / math.sqrt(2)) - math.sqrt(2 / math.pi) * math.exp(-u * u / 2)
+        return 2 * clipping + 2 * u / (3 * 4**bits)
+
+    low, high = 0.0, 20.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return low
+
+
+def _kl(share: Tensor, bits: int) -> Tensor:
+    """Migacz 2017 (TensorRT): the threshold whose quantized histogram diverges least from the clipped one."""
+    flat = share.reshape(-1, share.shape[-1])
+    return torch.stack([_kl_of_block(block[block > 0], bits) for block in flat]).reshape(share.shape[:-1])
+
+
+def _kl_of_block(value: Tensor, bits: int) -> Tensor:
+    if value.numel() == 0:
+        return torch.zeros(())
+    top = value.max()
+    histogram = torch.histc(value.float(), bins=KL_BINS, min=0.0, max=float(top)).double()
+    levels = 2 ** (bits - 1)
+    best, threshold = math.inf, float(top)
+    for bins in range(max(KL_START, levels), KL_BINS + 1):
+        reference = histogram[:bins].clone()
+        reference[-1] += histogram[bins:].sum()
+        # Each level spreads its count evenly over the bins it covers that were not empty.
+        level = (torch.arange(bins) * levels) // bins
+        filled = (histogram[:bins] > 0).double()
+        mass = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, histogram[:bins])
+        cells = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
+        quantized = filled * (mass / cells.clamp(min=1))[level]
+        p, q = reference / reference.sum(), quantized / quantized.sum().clamp(min=1e-30)
+        # Jensen-Shannon style smoothing keeps empty cells of q finite.
+        used = p > 0
+        divergence = float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum())
+        if divergence < best:
+            best, threshold = divergence, float(top) * bins / KL_BINS
+    return torch.tensor(threshold, dtype=torch.float32)

@@ -1,0 +1,118 @@
+"""The quantized replacement of nn.Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocsquant import ops
+from ocsquant.config import Activations
+from ocsquant.errors import ArgumentError
+from ocsquant.methods.grid import QuantizedWeight
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with integer weights and per-token integer activations (`ocsquant.ops.quantized_linear`).
+
+    Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
+    [out_features] or None, `tail_index` int32 or None. No dtype conversion of a model (.half(), .bfloat16(), .to(dtype))
+    touches them. Takes float32, bfloat16 or float16 [..., in_features]; returns the same dtype. Read-only `weight` is the
+    dequantized float32 matrix and `codes` the integers.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    tail_index: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        activations: Activations,
+        packed: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        tail_index: Tensor | None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.activations = activations
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("tail_index", tail_index)
+
+    @classmethod
+    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None, activations: Activations) -> QuantizedLinear:
+        """From a per-channel symmetric `QuantizedWeight` [out_features, in_features]."""
+        base, tail, tail_index = weight.base_and_tail()
+        split = tail_index.numel() > 0
+        return cls(
+            weight.codes.shape[1],
+            weight.codes.shape[0],
+            weight.bits,
+            activations,
+            ops.pack_weight(base, tail if split else None),
+            weight.scale[:, 0].contiguous(),
+            None if bias is None else bias.detach().float().clone(),
+            tail_index if split else None,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            if x.dtype != torch.float16:
+                raise ArgumentError("x", "float32, bfloat16 or float16", x.dtype)
+            return self.forward(x.float()).half()
+        a = self.activations
+        return ops.quantized_linear(
+            x, self.packed, self.scale, self.bias, self.tail_index, a.bits, a.max_outliers, a.outlier_threshold
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [out_features, in_features], dequantized anew at each reading."""
+        return ops.dequantize_packed(self.packed, self.scale, self.in_features, self.tail_index)
+
+    @property
+    def codes(self) -> Tensor:
+        """int16 [out_features, in_features]: base plus tail codes."""
+        split = self.tail_index is not None
+        base, tail = ops.unpack_weight(
+            self.packed, self.out_features, self.in_features, self.tail_index.numel() if self.tail_index is not None else 0
+        )
+        total = base.to(torch.int16)
+        return total.index_add_(1, self.tail_index.long(), tail.to(torch.int16)) if split else total
+
+    @property
+    def split_channels(self) -> int:
+        """Input channels that have a tail column."""
+        return 0 if self.tail_index is None else self.tail_index.numel()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # Seen as integers, scales follow a move to another device but no change of dtype.
+        def apply(t: Tensor) -> Tensor:
+            return fn(t.view(torch.int32)).view(torch.float32) if t.dtype == torch.float32 else fn(t)
+
+        super()._apply(apply, recurse)
+        return self
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        if self.split_channels:
+            text += f", split_channels={self.split_channels}"
+        return f"{text}, bits={self.bits}, activations={self.activations.bits} bits per token"
+
+    def settings(self) -> dict[str, Any]:
+        """What a file needs beside the buffers to rebuild this module."""
+        a = self.activations
+        return {
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "bits": self.bits,
+            "activations": [a.bits, a.max_outliers, a.outlier_threshold],
+        }

@@ -1,0 +1,177 @@
+"""The Python face of torch.ops.ocsquant: loads the library and tells torch what each operator does.
+
+The operators raise RuntimeError for wrong arguments: their checks run in C++, once, on every call.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocsquant.errors import BuildMismatchError
+
+PANEL, GROUP = 64, 4  # output columns and input channels of one block of a packed weight
+
+
+def _load() -> None:
+    library = Path(__file__).parent / "_C.so"
+    if hasattr(torch.ops.ocsquant, "cpu_isa"):
+        raise BuildMismatchError(f"another copy of ocsquant's library is already in this process; not loading {library}")
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        detail = error.__cause__ or error
+        raise BuildMismatchError(f"ocsquant's library {library} cannot be loaded by torch {torch.__version__}: {detail}") from error
+    torch.ops.ocsquant.cpu_isa()  # an unknown OCSQUANT_ISA is an error now, not at the first layer
+
+
+_load()
+_ops = torch.ops.ocsquant
+# Going through the packet instead of the overload costs 0.4 us a call.
+_quantized_linear = _ops.quantized_linear.default
+_quantized_linear_train = _ops.quantized_linear_train.default
+_fake_quantize_split = _ops.fake_quantize_split.default
+
+
+def cpu_isa() -> tuple[str, str]:
+    """The instruction-set level the kernels run at ("avx512_vnni", "avx_vnni", "avx2" or "scalar"), and why that one."""
+    return _ops.cpu_isa()
+
+
+def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Pack int8 weight codes into the layout the kernels read.
+
+    Args:
+        codes: int8 [n, k], one row per output, within -127..127.
+        tail: int8 [n, e], codes to be added to those of the channels that `tail_index` of `quantized_linear` names.
+
+    Returns:
+        int8 [ceil(n / 64), ceil(k / 4) + ceil(e / 4) + 1, 64, 4]: panels of 64 outputs; the last block of each holds the
+        sums of its columns as 64 int32.
+    """
+    return _ops.pack_weight(codes, tail)
+
+
+def unpack_weight(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
+    """The codes int8 [n, k] and tail int8 [n, e] that `pack_weight` was given."""
+    return _ops.unpack_weight(packed, n, k, e)
+
+
+def quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    activation_bits: int = 8,
+    max_outliers: int = 16,
+    outlier_threshold: float = 4.0,
+) -> Tensor:
+    """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
+
+    A token's step is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1); the few values beyond keep
+    larger codes, which is exactly what splitting their channel for this token would give (OCS, arXiv 1901.09504, applied
+    at run time). y = float(codes @ weight codes) * (step * scale) + bias, the sum in exact integers.
+
+    Args:
+        x: float32 or bfloat16 [..., k].
+        packed: from `pack_weight`, for n outputs and k inputs; k plus tail columns at most 131072.
+        scale: float32 [n], the weight step of each output.
+        bias: float32 [n].
+        tail_index: int32 [e], ascending: the input channel that each tail column of `packed` adds to.
+        activation_bits: 2..8.
+        max_outliers: 0..64 values of a token that may lie beyond the range; 0 is plain dynamic quantization.
+        outlier_threshold: 2..1e6, in units of the token's root mean square.
+
+    Returns:
+        [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
+        dequantized weight; nothing else gets one.
+    """
+    op = _quantized_linear_train if x.requires_grad and torch.is_grad_enabled() else _quantized_linear
+    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold)
+
+
+def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize a weight whose input channel c is split in splits[c] copies (quantization-aware OCS).
+
+    y = clamp(rint(x / s), -n_c Q, n_c Q) * s with Q = 2^(bits - 1) - 1, computed with 1/s in float32. NaN passes through.
+    Gradients are straight-through: dx is the incoming gradient g inside the range and 0 outside; the scale's is the sum of
+    g * (rint(x/s) - x/s) inside and +-n_c Q g outside (LSQ, arXiv 1902.08153, without its optional factor).
+
+    Args:
+        x: float32 or bfloat16 [n, channels, ...]: a linear or convolution weight.
+        scale: float32, a scalar or [n], positive.
+        splits: int32 [channels], at least 1.
+        bits: 2..8.
+    """
+    return _fake_quantize_split(x, scale, splits, bits)
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None) -> Tensor:
+    """The float32 [n, k] matrix that a packed weight stands for."""
+    codes, tail = unpack_weight(packed, scale.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
+    total = codes.float()
+    if tail_index is not None:
+        total.index_add_(1, tail_index.long(), tail.float())
+    return total * scale[:, None]
+
+
+@torch.library.register_fake("ocsquant::pack_weight")
+def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+    n, k = codes.shape
+    e = 0 if tail is None else tail.shape[1]
+    return codes.new_empty((-(-n // PANEL), -(-k // GROUP) + -(-e // GROUP) + 1, PANEL, GROUP))
+
+
+@torch.library.register_fake("ocsquant::unpack_weight")
+def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
+    return packed.new_empty((n, k)), packed.new_empty((n, e))
+
+
+def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor, *_: Any) -> Tensor:
+    torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+torch.library.register_fake("ocsquant::quantized_linear", _linear_fake)
+torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
+
+
+@torch.library.register_fake("ocsquant::fake_quantize_split")
+def _(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("ocsquant::fake_quantize_split_backward")
+def _(grad: Tensor, x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(scale)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, _, tail_index, *_ = inputs
+    ctx.k = x.shape[-1]
+    ctx.save_for_backward(packed, scale, tail_index)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale, tail_index = ctx.saved_tensors
+    dx = grad @ dequantize_packed(packed, scale, ctx.k, tail_index).to(grad.dtype)
+    return dx, None, None, None, None, None, None, None
+
+
+def _fake_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, splits, ctx.bits = inputs
+    ctx.save_for_backward(x, scale, splits)
+
+
+def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, splits = ctx.saved_tensors
+    dx, dscale = _ops.fake_quantize_split_backward(grad, x, scale, splits, ctx.bits)
+    return dx, dscale, None, None
+
+
+torch.library.register_autograd("ocsquant::quantized_linear_train", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("ocsquant::fake_quantize_split", _fake_quantize_backward, setup_context=_fake_quantize_setup)

@@ -1,0 +1,94 @@
+"""`ocsquant.quantize`: plan, build, commit."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ocsquant import reporting
+from ocsquant.building import build
+from ocsquant.config import Recipe, check_type
+from ocsquant.errors import ArgumentError, ArgumentTypeError
+from ocsquant.planning import Target, make_plan, merge_request
+from ocsquant.transaction import commit, set_attribute
+
+
+def quantize(
+    model: nn.Module,
+    recipe: Recipe | str | None = None,
+    *,
+    calibration: Any = None,
+    ignore: Iterable[str] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    overrides: Mapping[str, Recipe | str] | None = None,
+    simulate: bool = False,
+    fold_batchnorm: bool = False,
+    progress: bool | None = None,
+) -> nn.Module:
+    """Quantize a model's layers in place and return the model.
+
+    Without arguments: int8 weights per output channel and int8 activations per token with run-time outlier splitting, for
+    every nn.Linear that gains from it; no data needed. `ocsquant.report(model)` lists what was done and, for every other
+    layer with weights, why not.
+
+    Args:
+        model: any module; may itself be the layer. If anything fails, it is left exactly as it was.
+        recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16".
+        calibration: must be None: no part of a recipe uses calibration data yet.
+        ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the recipe's.
+        filter_fn: called with (module, path); False leaves the module alone.
+        overrides: pattern -> Recipe or scheme for the layers it matches, the first match counts; instead of the recipe's.
+        simulate: compute the same codes but run float layers on the dequantized weights: for accuracy tables, and for
+            layers and schemes without an integer kernel.
+        fold_batchnorm: fold each BatchNorm that directly follows a convolution in the same nn.Sequential into it first
+            (evaluation mode only).
+        progress: show a progress bar (needs tqdm); None shows it for long work on a terminal.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: naming the argument.
+        NonFiniteError: a weight holds NaN or Inf; names it.
+        NothingToQuantizeError: no layer is left to quantize; says why.
+    """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    if calibration is not None:
+        raise ArgumentError("calibration", "None: no part of this recipe uses calibration data", type(calibration).__name__)
+    if filter_fn is not None and not callable(filter_fn):
+        raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
+    check_type("simulate", simulate, bool, "True or False")
+    check_type("fold_batchnorm", fold_batchnorm, bool, "True or False")
+    check_type("progress", progress, (bool, type(None)), "True, False or None")
+    request = merge_request(recipe, ignore, overrides)
+    with torch.no_grad():
+        changes, folded = _fold(model) if fold_batchnorm else ([], {})
+        plan = make_plan(model, *request, filter_fn, simulate)
+        for target in plan.targets:
+            target.module = folded.get(id(target.module), target.module)
+        more, layers = build(model, plan, simulate, lambda targets: _bar(targets, progress))
+        changes = changes + more
+        changes.append(set_attribute(model, reporting.ATTRIBUTE, tuple(layers)))
+        commit(changes)
+    return model
+
+
+def _fold(model: nn.Module) -> tuple[list[Any], dict[int, nn.Module]]:
+    from ocsquant.folding import fold_batchnorms
+
+    return fold_batchnorms(model)
+
+
+def _bar(targets: list[Target] | Iterable[Target], progress: bool | None) -> Iterable[Target]:
+    targets = list(targets)
+    size = sum(p.numel() for t in targets for p in t.module.parameters(recurse=False))
+    if progress is False or (progress is None and (size < 50_000_000 or not sys.stderr.isatty())):
+        return targets
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        if progress:
+            raise ArgumentError("progress", "False or None where tqdm is not installed", True) from None
+        return targets
+    return tqdm(targets, desc="quantize", unit="layer")

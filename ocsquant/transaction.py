@@ -1,0 +1,74 @@
+"""Commit a prepared list of changes to a model, or none of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+Change = tuple[Callable[[], Any], Callable[[], Any]]  # do, undo
+
+
+def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give `new` the mode and the hooks of `old`; the hooks' handles keep working, since the dictionaries are shared."""
+    new.training = old.training
+    for name in HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    return new
+
+
+def replace_child(parent: nn.Module, name: str, new: nn.Module) -> Change:
+    old = parent._modules[name]
+    return lambda: parent._modules.__setitem__(name, new), lambda: parent._modules.__setitem__(name, old)
+
+
+def become(module: nn.Module, new: nn.Module) -> Change:
+    """Turn `module` itself into `new`, so that every reference to it sees the change."""
+    old_class, old_state = module.__class__, dict(module.__dict__)
+
+    def turn(cls: type, state: dict[str, Any]) -> None:
+        module.__dict__.clear()
+        module.__dict__.update(state)
+        module.__class__ = cls  # type: ignore[assignment]
+
+    return lambda: turn(new.__class__, new.__dict__), lambda: turn(old_class, old_state)
+
+
+def set_class(module: nn.Module, cls: type) -> Change:
+    old = module.__class__
+    return lambda: object.__setattr__(module, "__class__", cls), lambda: object.__setattr__(module, "__class__", old)
+
+
+_ABSENT = object()
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> Change:
+    """A plain attribute, past nn.Module's bookkeeping."""
+    old = module.__dict__.get(name, _ABSENT)
+
+    def undo() -> None:
+        if old is _ABSENT:
+            module.__dict__.pop(name, None)
+        else:
+            module.__dict__[name] = old
+
+    return lambda: module.__dict__.__setitem__(name, value), undo
+
+
+def commit(changes: list[Change]) -> None:
+    """Make every change; if anything interrupts, KeyboardInterrupt included, take back those already begun."""
+    begun: list[Callable[[], Any]] = []
+    try:
+        for do, undo in changes:
+            begun.append(undo)
+            do()
+    except BaseException:
+        for undo in reversed(begun):
+            undo()
+        raise
