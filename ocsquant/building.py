@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ocsquant.config import Recipe
-from ocsquant.layers import UNLIMITED, Matrix, budget_splits, matrices, plan_from, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.layers import (
+    UNLIMITED,
+    Matrix,
+    budget_splits,
+    matrices,
+    plan_from,
+    plan_splits,
+    quantize_matrix,
+    stored_bytes,
+)
 from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, largest_range, weight_sqnr
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
@@ -34,7 +43,12 @@ def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> t
     for target in progress(plan.targets):
         new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
         inherit(new, target.module)
-        if simulate and target.kind == "linear" and target.recipe.activations and target.recipe.weights.bits is not None:
+        if (
+            simulate
+            and target.kind == "linear"
+            and target.recipe.activations
+            and target.recipe.weights.bits is not None
+        ):
             _hook_input(new, target)
         changes += [replace_child(parent, name, new) for parent, name in target.places]
         if not target.places:
@@ -118,7 +132,7 @@ def _hook_input(new: nn.Module, target: Target) -> None:
 def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> tuple[nn.Module, Layer]:
     module = target.module
     plan = plan or ocs.SplitPlan(torch.ones(matrix.channels, dtype=torch.int32))
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     expanded, index = ocs.expand_weight(weight, plan)
     if isinstance(module, nn.Linear):
         new: nn.Module = SplitLinear(expanded, module.bias, index)
@@ -164,11 +178,15 @@ def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer
             if any(id(m) in quantized for m in inside) and module.__dict__.get("activation_relu_or_gelu"):
                 # The one condition of the fused path that belongs to the instance and to nothing else.
                 changes.append(set_attribute(module, "activation_relu_or_gelu", 0))
-                layers.append(Layer(path, type(module).__name__, reason="fused inference path switched off: it reads weights"))
-        elif isinstance(module, nn.TransformerEncoder) and module.__dict__.get("use_nested_tensor"):
-            if any(id(m) in quantized for m in module.modules()):
+                layers.append(
+                    Layer(path, type(module).__name__, reason="fused inference path switched off: it reads weights")
+                )
+        elif isinstance(module, nn.TransformerEncoder) and any(id(m) in quantized for m in module.modules()):
+            if module.__dict__.get("use_nested_tensor"):
                 changes.append(set_attribute(module, "use_nested_tensor", False))
-                layers.append(Layer(path, type(module).__name__, reason="nested tensors switched off: that path reads weights"))
+                layers.append(
+                    Layer(path, type(module).__name__, reason="nested tensors switched off: that path reads weights")
+                )
     return layers
 
 

@@ -40,8 +40,8 @@ class OCS:
 
     Args:
         expand_ratio: splits per layer as a share of its input channels, 0..1; ceil(expand_ratio * channels) are made.
-        max_overhead: instead, one budget for the whole model: added bytes over weight bytes, 0..1; the channels with the
-            largest error gain per byte are split, whatever their layer.
+        max_overhead: instead, one budget for the whole model: added bytes over weight bytes, 0..1; the channels with
+            the largest error gain per byte are split, whatever their layer.
         shares: "equal" gives n copies 1/n each, "halving" halves the largest copy as the paper does.
         quantization_aware: split w into (w - step/2)/2 and (w + step/2)/2, so that the copies' codes add up to w's own.
             False is the paper's naive split into equal values, for its tables.
@@ -126,7 +126,7 @@ def PerToken(bits: int = 8, max_outliers: int = 16, outlier_threshold: float = 4
     return Activations(bits, max_outliers, outlier_threshold)
 
 
-def _frozen_overrides(overrides: Any) -> dict[str, "Recipe"]:
+def _frozen_overrides(overrides: Any) -> dict[str, Recipe]:
     check_type("overrides", overrides, Mapping, "a mapping from patterns to recipes or scheme names")
     for pattern in overrides:
         check_type("overrides", pattern, str, "a mapping whose keys are patterns")
@@ -164,7 +164,7 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> "Recipe":
+    def from_json(cls, text: str) -> Recipe:
         """The recipe of `to_json`'s text. Raises ArgumentError for anything else."""
         check_type("text", text, str, "JSON text")
         try:

@@ -28,7 +28,8 @@ class Environment:
     def __str__(self) -> str:
         asked = f", OCSQUANT_ISA={self.requested_isa}" if self.requested_isa else ""
         return (
-            f"ocsquant {self.ocsquant}, torch {self.torch}, Python {self.python}, {self.machine}, {self.threads} threads\n"
+            f"ocsquant {self.ocsquant}, torch {self.torch}, Python {self.python}, {self.machine}, "
+            f"{self.threads} threads\n"
             f"CPU kernels: {self.isa} ({self.isa_reason}{asked})"
         )
 

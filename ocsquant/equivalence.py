@@ -45,9 +45,10 @@ def verify_equivalence(model: nn.Module, reference: nn.Module, inputs: Any, tole
     Args:
         model: made by `quantize` with `Weights(bits=None, split=OCS(...))`.
         reference: the original network.
-        inputs: what to call both with: a dict by keyword, a tuple or list by position, anything else as the one argument.
-        tolerance: largest allowed difference of a layer's output, relative to sum |x| |w|; float32 rounding of two sums in
-            different order stays below 1e-6.
+        inputs: what to call both with: a dict by keyword, a tuple or list by position, anything else as the one
+            argument.
+        tolerance: largest allowed difference of a layer's output, relative to sum |x| |w|; float32 rounding of two
+            sums in different order stays below 1e-6.
 
     Raises SchemaMismatchError where the two networks do not correspond, ArgumentError where nothing is split.
     """
@@ -60,7 +61,9 @@ def verify_equivalence(model: nn.Module, reference: nn.Module, inputs: Any, tole
     originals = dict(reference.named_modules())
     split = {path: m for path, m in model.named_modules() if isinstance(m, (SplitLinear, SplitConv))}
     if not split:
-        raise ArgumentError("model", "a network with split layers, from Weights(bits=None, split=OCS(...))", type(model).__name__)
+        raise ArgumentError(
+            "model", "a network with split layers, from Weights(bits=None, split=OCS(...))", type(model).__name__
+        )
     layers: dict[str, float] = {}
     handles = []
     try:
@@ -91,12 +94,12 @@ def _compare(path: str, original: nn.Module, layers: dict[str, float]) -> Callab
 
 def _magnitude(original: nn.Module, x: Tensor) -> Tensor:
     """sum |x| |w| for every output of a linear or convolution."""
-    weight, bias = original.weight.detach().abs(), original.bias  # type: ignore[operator, union-attr]
+    weight, bias = original.weight.detach().abs(), original.bias  # type: ignore[operator]
     bias = None if bias is None else bias.detach().abs()  # type: ignore[operator]
     if isinstance(original, nn.Linear):
-        return nn.functional.linear(x.abs(), weight, bias)  # type: ignore[arg-type]
+        return nn.functional.linear(x.abs(), weight, bias)
     assert isinstance(original, (nn.Conv1d, nn.Conv2d))
-    return original._conv_forward(x.abs(), weight, bias)  # type: ignore[arg-type]
+    return original._conv_forward(x.abs(), weight, bias)
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:

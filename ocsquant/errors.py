@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. Each names the argument or the module, what was expected and what came."""
+"""Every error this package raises on purpose: each names the argument or module, what was expected and what came."""
 
 from __future__ import annotations
 

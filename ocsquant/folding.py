@@ -29,7 +29,7 @@ def fold_batchnorms(model: nn.Module) -> tuple[list[Change], dict[int, nn.Module
                 continue
             if uses[id(conv)] > 1 or uses[id(norm)] > 1 or conv._forward_hooks or conv._forward_pre_hooks:
                 continue
-            new = inherit(fuse_conv_bn_eval(conv, norm), conv)
+            new = inherit(fuse_conv_bn_eval(conv, norm), conv)  # type: ignore[type-var, arg-type]
             folded[id(conv)] = new
             changes += [replace_child(sequence, name, new), replace_child(sequence, norm_name, nn.Identity())]
     return changes, folded

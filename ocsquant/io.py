@@ -1,4 +1,4 @@
-"""Save and load quantized models: a safetensors file with one metadata record, checked in full before a model is touched."""
+"""Save and load: a safetensors file with one metadata record, checked in full before a model is touched."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from ocsquant.transaction import Change, become, commit, inherit, replace_child,
 VERSION = 1
 KEY = "ocsquant"
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32,
-          torch.int64, torch.bool)  # fmt: skip
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -105,7 +105,9 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
 
 
 def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"").hexdigest()
+    return hashlib.sha256(
+        tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+    ).hexdigest()
 
 
 def _digest(record: dict[str, Any]) -> str:
@@ -143,7 +145,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise TruncatedCheckpointError(f"{path} is no complete safetensors file: {error}") from error
     if text is None:
@@ -185,12 +187,14 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
             raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
         prefix = f"{path}." if path else ""
         new = _layer(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
-        new = made.setdefault(id(old), inherit(new, old))
+        module = made.setdefault(id(old), inherit(new, old))
         parent, _, name = path.rpartition(".")
-        changes.append(replace_child(modules[parent], name, new) if path else become(old, new))
+        changes.append(replace_child(modules[parent], name, module) if path else become(old, module))
     for name in record["attention"]:
         if not isinstance(modules.get(name), nn.MultiheadAttention):
-            raise SchemaMismatchError(f"the file has an attention '{name}', the model {type(modules.get(name)).__name__}")
+            raise SchemaMismatchError(
+                f"the file has an attention '{name}', the model {type(modules.get(name)).__name__}"
+            )
         changes.append(set_class(modules[name], QuantizedMultiheadAttention))
     for name, attribute, value in record["attributes"]:
         if attribute not in SWITCHED_OFF or name not in modules or value:
@@ -231,7 +235,10 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
     if index is not None:
         e = index.numel()
         need(index.dtype == torch.int32 and index.dim() == 1 and e > 0, "tail_index must be an int32 vector")
-        need(bool((index[1:] > index[:-1]).all()) and 0 <= int(index[0]) and int(index[-1]) < k, "tail_index out of range")
+        need(
+            bool((index[1:] > index[:-1]).all()) and int(index[0]) >= 0 and int(index[-1]) < k,
+            "tail_index out of range",
+        )
     shape = (-(-n // ops.PANEL), -(-k // ops.GROUP) + -(-e // ops.GROUP) + 1, ops.PANEL, ops.GROUP)
     need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
     base, tail = ops.unpack_weight(packed, n, k, e)
@@ -253,15 +260,16 @@ def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]
             full = f"{path}.{name}" if path else name
             if name in transient:
                 if old.is_meta:
-                    raise SchemaMismatchError(f"buffer '{full}' is not in the file and on the meta device: build it on the CPU")
+                    raise SchemaMismatchError(
+                        f"buffer '{full}' is not in the file and on the meta device: build it on the CPU"
+                    )
                 continue
             if full not in left:
                 raise SchemaMismatchError(f"the model has a tensor '{full}', the file has not")
             new = left.pop(full)
             if new.shape != old.shape or new.dtype != old.dtype:
-                raise SchemaMismatchError(
-                    f"'{full}' is {new.dtype} {tuple(new.shape)} in the file, {old.dtype} {tuple(old.shape)} in the model"
-                )
+                got, expected = f"{new.dtype} {tuple(new.shape)}", f"{old.dtype} {tuple(old.shape)}"
+                raise SchemaMismatchError(f"'{full}' is {got} in the file, {expected} in the model")
             changes.append(_set_tensor(module, name, old, new, fresh))
     if left:
         raise SchemaMismatchError(f"the file has tensors that the model has not: {', '.join(sorted(left)[:5])}")

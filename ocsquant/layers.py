@@ -39,7 +39,12 @@ def kind_of(module: nn.Module) -> str | None:
 
     A subclass counts as its base only while it keeps the base's forward.
     """
-    for kind, bases in (("linear", (nn.Linear,)), ("conv", CONVOLUTIONS), ("recurrent", RECURRENT), ("embedding", EMBEDDINGS)):
+    for kind, bases in (
+        ("linear", (nn.Linear,)),
+        ("conv", CONVOLUTIONS),
+        ("recurrent", RECURRENT),
+        ("embedding", EMBEDDINGS),
+    ):
         if any(isinstance(module, base) and type(module).forward is base.forward for base in bases):
             return kind
     return None
@@ -67,7 +72,9 @@ def matrices(module: nn.Module, path: str) -> Iterator[Matrix]:
 
 
 def budget_splits(magnitude: Tensor, weights: Weights, limit: int) -> Iterator[tuple[int, float]]:
-    return ocs.splits_by_gain(magnitude, weights.bits or 8, weights.granularity, weights.group_size, weights.clip, limit)
+    return ocs.splits_by_gain(
+        magnitude, weights.bits or 8, weights.granularity, weights.group_size, weights.clip, limit
+    )
 
 
 def plan_splits(matrix: Matrix, weights: Weights, integer: bool) -> ocs.SplitPlan | None:
@@ -82,7 +89,9 @@ def plan_splits(matrix: Matrix, weights: Weights, integer: bool) -> ocs.SplitPla
     magnitude = matrix.magnitude()
     if split.select == "max":
         return ocs.plan_largest(magnitude.amax(0), splits, split.shares, limit)
-    return plan_from(matrix, split, (channel for channel, _ in islice(budget_splits(magnitude, weights, limit), splits)))
+    return plan_from(
+        matrix, split, (channel for channel, _ in islice(budget_splits(magnitude, weights, limit), splits))
+    )
 
 
 def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitPlan:

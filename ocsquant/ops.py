@@ -19,12 +19,16 @@ PANEL, GROUP = 64, 4  # output columns and input channels of one block of a pack
 def _load() -> None:
     library = Path(__file__).parent / "_C.so"
     if hasattr(torch.ops.ocsquant, "cpu_isa"):
-        raise BuildMismatchError(f"another copy of ocsquant's library is already in this process; not loading {library}")
+        raise BuildMismatchError(
+            f"another copy of ocsquant's library is already in this process; not loading {library}"
+        )
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         detail = error.__cause__ or error
-        raise BuildMismatchError(f"ocsquant's library {library} cannot be loaded by torch {torch.__version__}: {detail}") from error
+        raise BuildMismatchError(
+            f"ocsquant's library {library} cannot be loaded by torch {torch.__version__}: {detail}"
+        ) from error
     torch.ops.ocsquant.cpu_isa()  # an unknown OCSQUANT_ISA is an error now, not at the first layer
 
 
@@ -37,7 +41,7 @@ _fake_quantize_split = _ops.fake_quantize_split.default
 
 
 def cpu_isa() -> tuple[str, str]:
-    """The instruction-set level the kernels run at ("avx512_vnni", "avx_vnni", "avx2" or "scalar"), and why that one."""
+    """The level the kernels run at ("avx512_vnni", "avx_vnni", "avx2" or "scalar"), and why that one."""
     return _ops.cpu_isa()
 
 
@@ -49,8 +53,8 @@ def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
         tail: int8 [n, e], codes to be added to those of the channels that `tail_index` of `quantized_linear` names.
 
     Returns:
-        int8 [ceil(n / 64), ceil(k / 4) + ceil(e / 4) + 1, 64, 4]: panels of 64 outputs; the last block of each holds the
-        sums of its columns as 64 int32.
+        int8 [ceil(n / 64), ceil(k / 4) + ceil(e / 4) + 1, 64, 4]: panels of 64 outputs; the last block of each holds
+        the sums of its columns as 64 int32.
     """
     return _ops.pack_weight(codes, tail)
 
@@ -73,8 +77,8 @@ def quantized_linear(
     """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
 
     A token's step is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1); the few values beyond keep
-    larger codes, which is exactly what splitting their channel for this token would give (OCS, arXiv 1901.09504, applied
-    at run time). y = float(codes @ weight codes) * (step * scale) + bias, the sum in exact integers.
+    larger codes, which is exactly what splitting their channel for this token would give (OCS, arXiv 1901.09504,
+    applied at run time). y = float(codes @ weight codes) * (step * scale) + bias, the sum in exact integers.
 
     Args:
         x: float32 or bfloat16 [..., k].
@@ -97,9 +101,10 @@ def quantized_linear(
 def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
     """Quantize and dequantize a weight whose input channel c is split in splits[c] copies (quantization-aware OCS).
 
-    y = clamp(rint(x / s), -n_c Q, n_c Q) * s with Q = 2^(bits - 1) - 1, computed with 1/s in float32. NaN passes through.
-    Gradients are straight-through: dx is the incoming gradient g inside the range and 0 outside; the scale's is the sum of
-    g * (rint(x/s) - x/s) inside and +-n_c Q g outside (LSQ, arXiv 1902.08153, without its optional factor).
+    y = clamp(rint(x / s), -n_c Q, n_c Q) * s with Q = 2^(bits - 1) - 1, computed with 1/s in float32. NaN passes
+    through. Gradients are straight-through: dx is the incoming gradient g inside the range and 0 outside; the scale's
+    is the sum of g * (rint(x/s) - x/s) inside and +-n_c Q g outside (LSQ, arXiv 1902.08153, without its optional
+    factor).
 
     Args:
         x: float32 or bfloat16 [n, channels, ...]: a linear or convolution weight.
@@ -174,4 +179,6 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd("ocsquant::quantized_linear_train", _linear_backward, setup_context=_linear_setup)
-torch.library.register_autograd("ocsquant::fake_quantize_split", _fake_quantize_backward, setup_context=_fake_quantize_setup)
+torch.library.register_autograd(
+    "ocsquant::fake_quantize_split", _fake_quantize_backward, setup_context=_fake_quantize_setup
+)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
@@ -108,7 +109,10 @@ def make_plan(
         targets[id(module)] = Target(module, kind, override or recipe, path, places)
     if not targets:
         reasons = Counter(reason for _, _, reason in skipped)
-        text = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common()) or "it has no layer with weights"
+        text = (
+            "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+            or "it has no layer with weights"
+        )
         raise NothingToQuantizeError(f"nothing to quantize in {type(model).__name__}: {text}")
     return Plan(list(targets.values()), skipped)
 
@@ -163,7 +167,7 @@ def _weight_problem(module: nn.Module, holders: dict[int, list[nn.Module]]) -> s
         weight = module._parameters.get(name)
         if weight is None:
             return f"its {name} is computed by a hook (weight_norm and kin): remove that first"
-        if isinstance(weight, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(weight):
             return f"its {name} is not initialized yet: run the model once"
         if weight.is_meta:
             return f"its {name} is on the meta device: load the weights first"

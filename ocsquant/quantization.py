@@ -31,17 +31,19 @@ def quantize(
 ) -> nn.Module:
     """Quantize a model's layers in place and return the model.
 
-    Without arguments: int8 weights per output channel and int8 activations per token with run-time outlier splitting, for
-    every nn.Linear that gains from it; no data needed. `ocsquant.report(model)` lists what was done and, for every other
-    layer with weights, why not.
+    Without arguments: int8 weights per output channel and int8 activations per token with run-time outlier splitting,
+    for every nn.Linear that gains from it; no data needed. `ocsquant.report(model)` lists what was done and, for
+    every other layer with weights, why not.
 
     Args:
         model: any module; may itself be the layer. If anything fails, it is left exactly as it was.
         recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16".
         calibration: must be None: no part of a recipe uses calibration data yet.
-        ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the recipe's.
+        ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the
+            recipe's.
         filter_fn: called with (module, path); False leaves the module alone.
-        overrides: pattern -> Recipe or scheme for the layers it matches, the first match counts; instead of the recipe's.
+        overrides: pattern -> Recipe or scheme for the layers it matches, the first match counts; instead of the
+            recipe's.
         simulate: compute the same codes but run float layers on the dequantized weights: for accuracy tables, and for
             layers and schemes without an integer kernel.
         fold_batchnorm: fold each BatchNorm that directly follows a convolution in the same nn.Sequential into it first
@@ -55,7 +57,9 @@ def quantize(
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     if calibration is not None:
-        raise ArgumentError("calibration", "None: no part of this recipe uses calibration data", type(calibration).__name__)
+        raise ArgumentError(
+            "calibration", "None: no part of this recipe uses calibration data", type(calibration).__name__
+        )
     if filter_fn is not None and not callable(filter_fn):
         raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
     check_type("simulate", simulate, bool, "True or False")
@@ -86,7 +90,7 @@ def _bar(targets: list[Target] | Iterable[Target], progress: bool | None) -> Ite
     if progress is False or (progress is None and (size < 50_000_000 or not sys.stderr.isatty())):
         return targets
     try:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         if progress:
             raise ArgumentError("progress", "False or None where tqdm is not installed", True) from None

@@ -19,7 +19,7 @@ ATTRIBUTE = "_ocsquant_layers"
 
 @dataclass
 class Layer:
-    """One line of a report. `bytes_*` count weights, scales and bias; `sqnr` is in dB; `reason` says why not, or what else."""
+    """One line of a report. `bytes_*` count weights, scales and bias; `sqnr` is in dB; `reason` says why not."""
 
     path: str
     kind: str
@@ -64,13 +64,19 @@ class Report:
         header = ("layer", "type", "scheme", "split", "KiB before", "KiB after", "SQNR dB", "kernel, or why not")
         rows = [header, *map(_row, self.layers)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(w) if i in (0, 1, 2, 7) else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))).rstrip() for r in rows]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i in (0, 1, 2, 7) else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(r, widths, strict=True))
+            ).rstrip()
+            for r in rows
+        ]
         lines.insert(1, "-" * max(map(len, lines)))
         done = [layer for layer in self.layers if layer.kernel is not None]
         ratio = self.total_before / max(self.total_after, 1)
         lines.append(
-            f"{len(done)} layers quantized; the whole model {self.total_before / 2**20:.1f} -> {self.total_after / 2**20:.1f} MiB"
-            f" ({ratio:.2f}x smaller); kernels run at {self.isa}"
+            f"{len(done)} layers quantized; the whole model {self.total_before / 2**20:.1f} -> "
+            f"{self.total_after / 2**20:.1f} MiB ({ratio:.2f}x smaller); kernels run at {self.isa}"
         )
         return "\n".join(lines)
 
@@ -122,10 +128,20 @@ def _found(path: str, module: QuantizedLinear) -> Layer:
     after = sum(b.numel() * b.element_size() for b in module.buffers())
     before = 4 * (module.in_features + (module.bias is not None)) * module.out_features
     return Layer(
-        path, "Linear", module.bits, module.activations.bits, module.split_channels, before, after, kernel="quantized_linear"
+        path,
+        "Linear",
+        module.bits,
+        module.activations.bits,
+        module.split_channels,
+        before,
+        after,
+        kernel="quantized_linear",
     )
 
 
 def layers_to_json(layers: tuple[Layer, ...]) -> list[dict[str, Any]]:
     """For a file's metadata."""
-    return [{k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in dataclasses.asdict(r).items()} for r in layers]
+    return [
+        {k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in dataclasses.asdict(r).items()}
+        for r in layers
+    ]

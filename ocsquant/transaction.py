@@ -16,7 +16,7 @@ Change = tuple[Callable[[], Any], Callable[[], Any]]  # do, undo
 
 
 def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give `new` the mode and the hooks of `old`; the hooks' handles keep working, since the dictionaries are shared."""
+    """Give `new` the mode and hooks of `old`; the hooks' handles keep working, since the dictionaries are shared."""
     new.training = old.training
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
@@ -35,7 +35,7 @@ def become(module: nn.Module, new: nn.Module) -> Change:
     def turn(cls: type, state: dict[str, Any]) -> None:
         module.__dict__.clear()
         module.__dict__.update(state)
-        module.__class__ = cls  # type: ignore[assignment]
+        module.__class__ = cls
 
     return lambda: turn(new.__class__, new.__dict__), lambda: turn(old_class, old_state)
 

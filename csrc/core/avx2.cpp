@@ -97,12 +97,18 @@ struct Tile {
   static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
                        int32_t* sums) {
     switch (count) {
-      case 1: return rows<1, 8>(a, b, groups, first, ahead, sums);
-      case 2: return rows<2, 4>(a, b, groups, first, ahead, sums);
-      case 3: return rows<3, 4>(a, b, groups, first, ahead, sums);
-      case 4: return rows<4, 2>(a, b, groups, first, ahead, sums);
-      case 5: return rows<5, 2>(a, b, groups, first, ahead, sums);
-      default: return rows<6, 2>(a, b, groups, first, ahead, sums);
+      case 1:
+        return rows<1, 8>(a, b, groups, first, ahead, sums);
+      case 2:
+        return rows<2, 4>(a, b, groups, first, ahead, sums);
+      case 3:
+        return rows<3, 4>(a, b, groups, first, ahead, sums);
+      case 4:
+        return rows<4, 2>(a, b, groups, first, ahead, sums);
+      case 5:
+        return rows<5, 2>(a, b, groups, first, ahead, sums);
+      default:
+        return rows<6, 2>(a, b, groups, first, ahead, sums);
     }
   }
 };

@@ -2,8 +2,8 @@
 //
 //   vpdpbusd  zmm   16 columns x 4 channels: unsigned activation byte times signed weight byte, summed into int32
 //
-// A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rest of an outlier is added to the finished
-// sums by the same instruction, in steps of at most 255.
+// A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rest of an outlier is added to the
+// finished sums by the same instruction, in steps of at most 255.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -56,7 +56,8 @@ struct Tile {
   }
 
   template <int R>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first,
+                                             int64_t ahead, int32_t* sums) {
     __m512i c[R][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -90,14 +91,21 @@ struct Tile {
     }
   }
 
-  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
+                       int32_t* sums) {
     switch (count) {
-      case 1: return rows<1>(a, b, groups, first, ahead, sums);
-      case 2: return rows<2>(a, b, groups, first, ahead, sums);
-      case 3: return rows<3>(a, b, groups, first, ahead, sums);
-      case 4: return rows<4>(a, b, groups, first, ahead, sums);
-      case 5: return rows<5>(a, b, groups, first, ahead, sums);
-      default: return rows<6>(a, b, groups, first, ahead, sums);
+      case 1:
+        return rows<1>(a, b, groups, first, ahead, sums);
+      case 2:
+        return rows<2>(a, b, groups, first, ahead, sums);
+      case 3:
+        return rows<3>(a, b, groups, first, ahead, sums);
+      case 4:
+        return rows<4>(a, b, groups, first, ahead, sums);
+      case 5:
+        return rows<5>(a, b, groups, first, ahead, sums);
+      default:
+        return rows<6>(a, b, groups, first, ahead, sums);
     }
   }
 
@@ -116,7 +124,8 @@ struct Tile {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const __m512i sum = _mm512_loadu_si512(sums + 16 * v);
-      _mm512_storeu_si512(sums + 16 * v, rest.value < 0 ? _mm512_sub_epi32(sum, part[v]) : _mm512_add_epi32(sum, part[v]));
+      _mm512_storeu_si512(sums + 16 * v,
+                          rest.value < 0 ? _mm512_sub_epi32(sum, part[v]) : _mm512_add_epi32(sum, part[v]));
     }
   }
 };

@@ -39,7 +39,8 @@ struct X86 {
 const Kernels* select_kernels(const char* wanted, const char** why) {
 #if defined(__x86_64__)
   const X86 cpu;
-  const Level levels[] = {{&kAvx512Vnni, cpu.avx512_vnni}, {&kAvxVnni, cpu.avx_vnni}, {&kAvx2, cpu.avx2}, {&kScalar, true}};
+  const Level levels[] = {
+      {&kAvx512Vnni, cpu.avx512_vnni}, {&kAvxVnni, cpu.avx_vnni}, {&kAvx2, cpu.avx2}, {&kScalar, true}};
 #else
   const Level levels[] = {{&kScalar, true}};
 #endif

@@ -138,8 +138,9 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
 
 template <class Tile>
 constexpr LinearKernels linear_kernels() {
-  return {Tile::kRows,     sizeof(typename Tile::Code), Tile::kUnsigned, Tile::kRowBlock, Tile::kDepthBlock,
-          quantize<Tile>, multiply<Tile>};
+  return {Tile::kRows,     sizeof(typename Tile::Code), Tile::kUnsigned,
+          Tile::kRowBlock, Tile::kDepthBlock,           quantize<Tile>,
+          multiply<Tile>};
 }
 
 constexpr FakeQuantizeKernels kFakeQuantize = {fake_quantize_forward, fake_quantize_backward};

@@ -1,6 +1,7 @@
-// The P8 layout: [ceil(n/64)] panels of [k/4 groups of the weight][tail/4 groups of the split channels][1 group of sums],
-// every group 64 columns x 4 channels of int8, columns outermost. One 64-byte vector holds 16 columns x 4 channels, so the
-// same bytes serve 128-, 256- and 512-bit kernels. The last group holds 64 int32: the sum of each column's codes.
+// The P8 layout: [ceil(n/64)] panels of [k/4 groups of the weight][tail/4 groups of the split channels][1 group of
+// sums], every group 64 columns x 4 channels of int8, columns outermost. One 64-byte vector holds 16 columns x 4
+// channels, so the same bytes serve 128-, 256- and 512-bit kernels. The last group holds 64 int32: the sum of each
+// column's codes.
 #pragma once
 #include <cstdint>
 

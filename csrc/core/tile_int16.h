@@ -1,5 +1,5 @@
-// Places int16 codes for kernels that multiply 16-bit pairs: the code of an outlier needs no splitting there, the width of
-// the operand holds body and rest together. Included inside a target region.
+// Places int16 codes for kernels that multiply 16-bit pairs: the code of an outlier needs no splitting there, the width
+// of the operand holds body and rest together. Included inside a target region.
 #pragma once
 
 namespace ocsquant {

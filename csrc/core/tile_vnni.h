@@ -1,5 +1,5 @@
-// Places codes for kernels that multiply unsigned activations by signed weights: a code becomes body + 128 in a byte, and
-// what the body cannot hold becomes a rest. Included inside a target region, after Narrow:
+// Places codes for kernels that multiply unsigned activations by signed weights: a code becomes body + 128 in a byte,
+// and what the body cannot hold becomes a rest. Included inside a target region, after Narrow:
 //   bool Narrow::block(const int16_t* codes, uint8_t* out)   32 codes to body + 128; true if any code has a rest
 #pragma once
 

@@ -1,5 +1,5 @@
-// The 256-bit VNNI tile, compiled for AVX-VNNI and, so that CPUs with AVX-512 can test it, for AVX512-VNNI + VL: the two
-// encodings of one instruction. OCSQ_DPBUSD names it. Included inside a target region.
+// The 256-bit VNNI tile, compiled for AVX-VNNI and, so that CPUs with AVX-512 can test it, for AVX512-VNNI + VL: the
+// two encodings of one instruction. OCSQ_DPBUSD names it. Included inside a target region.
 //
 //   vpdpbusd  ymm   8 columns x 4 channels: unsigned activation byte times signed weight byte, summed into int32
 //
@@ -45,7 +45,8 @@ struct Tile {
 
   // R rows x 8 V columns.
   template <int R, int V>
-  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
+                                int32_t* sums) {
     __m256i c[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -79,18 +80,26 @@ struct Tile {
   }
 
   template <int R, int V>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first,
+                                             int64_t ahead, int32_t* sums) {
     for (int64_t j = 0; j < kPanel; j += 8 * V) strip<R, V>(a, b + j * kGroup, groups, first, ahead, sums + j);
   }
 
-  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead, int32_t* sums) {
+  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
+                       int32_t* sums) {
     switch (count) {
-      case 1: return rows<1, 8>(a, b, groups, first, ahead, sums);
-      case 2: return rows<2, 4>(a, b, groups, first, ahead, sums);
-      case 3: return rows<3, 4>(a, b, groups, first, ahead, sums);
-      case 4: return rows<4, 2>(a, b, groups, first, ahead, sums);
-      case 5: return rows<5, 2>(a, b, groups, first, ahead, sums);
-      default: return rows<6, 2>(a, b, groups, first, ahead, sums);
+      case 1:
+        return rows<1, 8>(a, b, groups, first, ahead, sums);
+      case 2:
+        return rows<2, 4>(a, b, groups, first, ahead, sums);
+      case 3:
+        return rows<3, 4>(a, b, groups, first, ahead, sums);
+      case 4:
+        return rows<4, 2>(a, b, groups, first, ahead, sums);
+      case 5:
+        return rows<5, 2>(a, b, groups, first, ahead, sums);
+      default:
+        return rows<6, 2>(a, b, groups, first, ahead, sums);
     }
   }
 

@@ -18,8 +18,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // STD_TORCH_CHECK would put function, file and line in front of the text.
-#define OCSQ_CHECK(condition, ...)                                                                  \
-  if (__builtin_expect(!(condition), 0)) {                                                          \
+#define OCSQ_CHECK(condition, ...)                                                              \
+  if (__builtin_expect(!(condition), 0)) {                                                      \
     throw std::runtime_error(torch::headeronly::detail::stdTorchCheckMsgImpl("", __VA_ARGS__)); \
   }
 
@@ -56,10 +56,17 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
   }
   int32_t code = 0;
   switch (dtype) {
-    case ScalarType::Float: code = aoti_torch_dtype_float32(); break;
-    case ScalarType::BFloat16: code = aoti_torch_dtype_bfloat16(); break;
-    case ScalarType::Char: code = aoti_torch_dtype_int8(); break;
-    default: OCSQ_CHECK(false, "empty_cpu: no such dtype");
+    case ScalarType::Float:
+      code = aoti_torch_dtype_float32();
+      break;
+    case ScalarType::BFloat16:
+      code = aoti_torch_dtype_bfloat16();
+      break;
+    case ScalarType::Char:
+      code = aoti_torch_dtype_int8();
+      break;
+    default:
+      OCSQ_CHECK(false, "empty_cpu: no such dtype");
   }
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code,

@@ -95,8 +95,9 @@ std::tuple<Tensor, Tensor> fake_quantize_split_backward(const Tensor& grad, cons
     for (int64_t r = first; r < last; ++r) {
       const float step = s[rows.shared_scale ? 0 : r];
       if (rows.dtype == Float::f32) {
-        sum[r] = kernels.fake_quantize.backward(static_cast<const float*>(pg) + r * k, static_cast<const float*>(px) + r * k,
-                                                rows.limit.data(), step, k, static_cast<float*>(pd) + r * k);
+        sum[r] =
+            kernels.fake_quantize.backward(static_cast<const float*>(pg) + r * k, static_cast<const float*>(px) + r * k,
+                                           rows.limit.data(), step, k, static_cast<float*>(pd) + r * k);
       } else {
         float *g = wide.at<float>(0) + 2 * i * k, *row = g + k;
         kernels.widen(static_cast<const uint16_t*>(pg) + r * k, k, g);

@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0) -> Tensor");
   m.def("fake_quantize_split(Tensor x, Tensor scale, Tensor splits, int bits) -> Tensor");
-  m.def("fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");
+  m.def(
+      "fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> (str, str)");
 }

@@ -20,7 +20,8 @@ Tensor pack_weight(const Tensor& codes, const std::optional<Tensor>& tail) {
   OCSQ_CHECK(k + e <= kMaxDepth, "pack_weight: codes and tail must have at most ", kMaxDepth,
              " columns together, the limit of exact int32 sums, got ", k + e);
   const Tensor dense_codes = dense(codes);
-  Tensor packed = empty_cpu({(n + kPanel - 1) / kPanel, groups_of(k) + groups_of(e) + 1, kPanel, kGroup}, ScalarType::Char);
+  Tensor packed =
+      empty_cpu({(n + kPanel - 1) / kPanel, groups_of(k) + groups_of(e) + 1, kPanel, kGroup}, ScalarType::Char);
   pack_panels(dense_codes.const_data_ptr<int8_t>(), extra ? extra->const_data_ptr<int8_t>() : nullptr, n, k, e,
               packed.mutable_data_ptr<int8_t>());
   return packed;

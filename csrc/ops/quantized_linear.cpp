@@ -20,16 +20,16 @@ void check_vector(const char* name, const Tensor& t, ScalarType dtype, int64_t s
 void check_tail_index(const int32_t* index, int64_t e, int64_t k) {
   int64_t previous = -1;
   for (int64_t i = 0; i < e; ++i) {
-    OCSQ_CHECK(index[i] > previous && index[i] < k, kOp, ": tail_index must be ascending and within 0..", k - 1, ", got ",
-               index[i], " at ", i);
+    OCSQ_CHECK(index[i] > previous && index[i] < k, kOp, ": tail_index must be ascending and within 0..", k - 1,
+               ", got ", index[i], " at ", i);
     previous = index[i];
   }
 }
 
 TokenQuantizer check_quantizer(int64_t bits, int64_t max_outliers, double threshold) {
   OCSQ_CHECK(bits >= 2 && bits <= 8, kOp, ": activation_bits must be 2..8, got ", bits);
-  OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, kOp, ": max_outliers must be 0..", kMaxOutliers, ", got ",
-             max_outliers);
+  OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, kOp, ": max_outliers must be 0..", kMaxOutliers,
+             ", got ", max_outliers);
   OCSQ_CHECK(threshold >= kMinOutlierThreshold && threshold <= 1e6, kOp, ": outlier_threshold must be ",
              kMinOutlierThreshold, "..1e6 times the root mean square, got ", threshold);
   return {static_cast<int>(bits), static_cast<int>(max_outliers), static_cast<float>(threshold)};
@@ -45,8 +45,12 @@ void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const
   const int64_t rests = align64(m * capacity * sizeof(Rest)), counts = align64(m * sizeof(int32_t));
   const int64_t scratch = align64(quantize_scratch_bytes(w, kernels.row_tile));
   const Buffer buffer(codes + steps + rests + counts + chunks * scratch);
-  const Activations a = {buffer.at<uint8_t>(0), buffer.at<float>(codes), buffer.at<Rest>(codes + steps),
-                         buffer.at<int32_t>(codes + steps + rests), m, capacity};
+  const Activations a = {buffer.at<uint8_t>(0),
+                         buffer.at<float>(codes),
+                         buffer.at<Rest>(codes + steps),
+                         buffer.at<int32_t>(codes + steps + rests),
+                         m,
+                         capacity};
   parallel_chunks(tiles, chunks, [&](int64_t i, int64_t first, int64_t last) {
     kernels.quantize(x, dtype, how, w, a, first * kernels.row_tile, std::min(m, last * kernels.row_tile),
                      buffer.at<void>(codes + steps + rests + counts + i * scratch));
@@ -79,8 +83,8 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
   OCSQ_CHECK(packed.size(0) == w.panels() && packed.size(1) == w.groups() + 1 && packed.size(2) == kPanel &&
                  packed.size(3) == kGroup,
              kOp, ": packed must be [", w.panels(), ", ", w.groups() + 1, ", 64, 4] for ", n, " scales, ", k,
-             " columns of x and ", e, " tail columns, got [", packed.size(0), ", ", packed.size(1), ", ", packed.size(2),
-             ", ", packed.size(3), "]");
+             " columns of x and ", e, " tail columns, got [", packed.size(0), ", ", packed.size(1), ", ",
+             packed.size(2), ", ", packed.size(3), "]");
   const TokenQuantizer how = check_quantizer(bits, max_outliers, threshold);
   const Tensor dense_x = dense(x), dense_packed = dense(packed), dense_scale = dense(scale);
   std::optional<Tensor> dense_bias, dense_index;

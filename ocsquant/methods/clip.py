@@ -1,7 +1,7 @@
 """Which magnitude the largest code stands for: none, least squared error, ACIQ, KL divergence.
 
-All take the magnitudes a *copy* of a channel holds (|w| / r), so that clipping happens after splitting, as the OCS paper
-says (its reference code clips before).
+All take the magnitudes a *copy* of a channel holds (|w| / r), so that clipping happens after splitting, as the OCS
+paper says (its reference code clips before).
 """
 
 from __future__ import annotations

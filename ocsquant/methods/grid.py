@@ -1,6 +1,7 @@
 """The quantizer of weights: codes on a uniform grid, with a wider range for split channels.
 
-code = clamp(rint(w * (1 / scale)), -r_k Q, r_k Q), Q = 2^(bits - 1) - 1, r_k the range of input channel k (1: not split).
+code = clamp(rint(w * (1 / scale)), -r_k Q, r_k Q), Q = 2^(bits - 1) - 1, r_k the range of input channel k (1: not
+split).
 """
 
 from __future__ import annotations

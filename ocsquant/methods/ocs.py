@@ -1,8 +1,8 @@
 """Outlier channel splitting (Zhao et al. 2019, arXiv 1901.09504), sections 3.2 and 3.3, and its integer form.
 
 Splitting input channel k into copies with shares s_1..s_n of its weight leaves the layer's output unchanged and the
-largest weight smaller. With quantization-aware shares the copies' codes add up to the code of the unsplit weight, so the
-whole effect of a split is a wider code range: r_k Q instead of Q, where 1 / r_k is the largest share.
+largest weight smaller. With quantization-aware shares the copies' codes add up to the code of the unsplit weight, so
+the whole effect of a split is a wider code range: r_k Q instead of Q, where 1 / r_k is the largest share.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def splits_by_gain(
     """Channels in the order in which one more equal copy lowers the squared error most, with that gain.
 
     magnitude: [n, channels], |w| (of a convolution: its largest kernel position). Without clipping the error is that of
-    rounding, step^2 / 12 for every weight of a block; with clipping, what the threshold cuts off, found anew as it moves.
+    rounding, step^2 / 12 for every weight of a block; with clipping, what the threshold cuts off, found anew as it
+    moves.
     """
     if clip == "none":
         yield from _gain_of_steps(magnitude, bits, granularity, group_size, limit)
@@ -89,7 +90,9 @@ def splits_by_gain(
         yield from _gain_of_clipping(magnitude, bits, granularity, group_size, clip, limit)
 
 
-def _gain_of_steps(magnitude: Tensor, bits: int, granularity: str, group_size: int, limit: int) -> Iterator[tuple[int, float]]:
+def _gain_of_steps(
+    magnitude: Tensor, bits: int, granularity: str, group_size: int, limit: int
+) -> Iterator[tuple[int, float]]:
     n, channels = magnitude.shape
     if granularity == "tensor":
         magnitude = magnitude.amax(0, keepdim=True)

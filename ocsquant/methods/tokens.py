@@ -21,7 +21,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 
 def quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: float) -> tuple[Tensor, Tensor]:
-    """Codes (float32, whole numbers) [m, k] and steps [m] of float32 tokens [m, k]; a non-finite token has a NaN step."""
+    """Codes (whole float32) [m, k] and steps [m] of float32 tokens [m, k]; a non-finite token has a NaN step."""
     limit = torch.tensor(float(2 ** (bits - 1) - 1))
     absmax = x.abs().amax(1) if x.shape[1] else torch.zeros(x.shape[0])
     step = absmax / limit
@@ -33,7 +33,9 @@ def quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: 
         step = torch.where(usable, torch.minimum(absmax, torch.tensor(outlier_threshold) * rms) / limit, step)
     step = torch.where(step < 2.0**-120, torch.zeros_like(step), step)
     codes = _codes(x, step)
-    crowded = ((codes.abs() > limit).sum(1) > max_outliers) & absmax.isfinite() if max_outliers else torch.zeros(1).bool()
+    crowded = (
+        ((codes.abs() > limit).sum(1) > max_outliers) & absmax.isfinite() if max_outliers else torch.zeros(1).bool()
+    )
     if crowded.any():
         bound = x[crowded].abs().topk(max_outliers + 1, dim=1).values[:, -1] / limit
         step[crowded] = torch.where(bound < 2.0**-120, torch.zeros_like(bound), bound)

@@ -19,12 +19,13 @@ def unsupported(attention: nn.MultiheadAttention) -> str | None:
 class QuantizedMultiheadAttention(nn.MultiheadAttention):
     """The same attention with `out_proj` called as a module.
 
-    nn.MultiheadAttention hands `out_proj.weight` to a function, past the module's forward, and in eval mode takes a fused
-    path that does the same. This class runs the published steps itself: projections in float, scaled dot-product
-    attention, then `out_proj`. An instance of nn.MultiheadAttention becomes one by a change of its `__class__`.
+    nn.MultiheadAttention hands `out_proj.weight` to a function, past the module's forward, and in eval mode takes a
+    fused path that does the same. This class runs the published steps itself: projections in float, scaled
+    dot-product attention, then `out_proj`. An instance of nn.MultiheadAttention becomes one by a change of its
+    `__class__`.
     """
 
-    def forward(  # noqa: PLR0917 (the signature is nn.MultiheadAttention's)
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -66,7 +67,9 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
                 projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
             else:
                 matrices = self.in_proj_weight.chunk(3)
-                projected = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, bias, strict=True))
+                projected = tuple(
+                    F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, bias, strict=True)
+                )
         else:
             matrices = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             projected = tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), matrices, bias, strict=True))
@@ -77,7 +80,11 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         """One additive mask that broadcasts over [batch, heads, queries, keys]."""
 
         def additive(mask: Tensor) -> Tensor:
-            return torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
+            return (
+                torch.zeros_like(mask, dtype=q.dtype).masked_fill_(mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else mask
+            )
 
         mask = None
         if attn_mask is not None:

@@ -18,9 +18,9 @@ class QuantizedLinear(nn.Module):
     """y = x W^T + b with integer weights and per-token integer activations (`ocsquant.ops.quantized_linear`).
 
     Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
-    [out_features] or None, `tail_index` int32 or None. No dtype conversion of a model (.half(), .bfloat16(), .to(dtype))
-    touches them. Takes float32, bfloat16 or float16 [..., in_features]; returns the same dtype. Read-only `weight` is the
-    dequantized float32 matrix and `codes` the integers.
+    [out_features] or None, `tail_index` int32 or None. No dtype conversion of a model (.half(), .bfloat16(),
+    .to(dtype)) touches them. Takes float32, bfloat16 or float16 [..., in_features]; returns the same dtype. Read-only
+    `weight` is the dequantized float32 matrix and `codes` the integers.
     """
 
     packed: Tensor
@@ -81,12 +81,10 @@ class QuantizedLinear(nn.Module):
     @property
     def codes(self) -> Tensor:
         """int16 [out_features, in_features]: base plus tail codes."""
-        split = self.tail_index is not None
-        base, tail = ops.unpack_weight(
-            self.packed, self.out_features, self.in_features, self.tail_index.numel() if self.tail_index is not None else 0
-        )
+        index = self.tail_index
+        base, tail = ops.unpack_weight(self.packed, self.out_features, self.in_features, self.split_channels)
         total = base.to(torch.int16)
-        return total.index_add_(1, self.tail_index.long(), tail.to(torch.int16)) if split else total
+        return total if index is None else total.index_add_(1, index.long(), tail.to(torch.int16))
 
     @property
     def split_channels(self) -> int:

@@ -41,18 +41,16 @@ class SplitConv(nn.Module):
 
 
 def _like(conv: nn.Conv1d | nn.Conv2d, weight: Tensor) -> Any:
-    options = dict(
-        stride=conv.stride,
-        padding=conv.padding,
-        dilation=conv.dilation,
-        padding_mode=conv.padding_mode,
-        bias=conv.bias is not None,
-    )
+    options = {
+        "stride": conv.stride,
+        "padding": conv.padding,
+        "dilation": conv.dilation,
+        "padding_mode": conv.padding_mode,
+        "bias": conv.bias is not None,
+    }
     # On the meta device no random numbers are drawn for weights that are replaced at once.
     wider = type(conv)(weight.shape[1], conv.out_channels, conv.kernel_size, device="meta", **options)  # type: ignore[arg-type]
     wider.weight = nn.Parameter(weight, requires_grad=False)
     if conv.bias is not None:
         wider.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
     return wider.train(conv.training)
-
-

@@ -1,0 +1,50 @@
+# From a bare checkout to a running product. PYTHON=... names another interpreter, VENV=... another environment (a torch it
+# already holds is used), TORCH=... another torch to install where there is none.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PY = $(VENV)/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check --no-compile
+SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py
+
+.PHONY: demo test lint build wheel bench clean
+
+demo: ocsquant/_C.so $(VENV)/.demo
+	$(PY) examples/encode_sentences.py
+
+test: ocsquant/_C.so $(VENV)/.demo
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+bench: ocsquant/_C.so $(VENV)/.demo
+	$(PY) benchmarks/linear.py --short
+	$(PY) benchmarks/runtime_ocs.py --short
+
+build: ocsquant/_C.so
+
+ocsquant/_C.so: $(SOURCES) $(VENV)/.installed
+	$(PY) setup.py --quiet build_ext --inplace
+	touch $@
+
+wheel: $(VENV)/.installed
+	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+# A path file instead of an editable install: nothing is compiled in a temporary folder, and the build is incremental.
+$(VENV)/.installed: requirements-dev.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) -r requirements-dev.txt
+	$(PY) -c "import sysconfig; open(sysconfig.get_paths()['purelib'] + '/ocsquant-tree.pth', 'w').write('$(CURDIR)\n')"
+	touch $@
+
+$(VENV)/.demo: requirements-demo.txt $(VENV)/.installed
+	$(PIP) -r requirements-demo.txt
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info ocsquant/_C.so

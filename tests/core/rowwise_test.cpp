@@ -1,0 +1,186 @@
+// What works on rows of floats: fake quantization and the bf16 conversions; and the packing and the choice of a level.
+#include <cstring>
+
+#include "core/pack.h"
+#include "tests.h"
+
+namespace coretest {
+namespace {
+
+using ocsquant::kGroup;
+using ocsquant::kGroupBytes;
+using ocsquant::kPanel;
+
+constexpr Side kSides[] = {Side::end, Side::start};
+
+float special(Random& r) {
+  const uint32_t kinds[] = {0x7fc00000, 0x7f800000, 0xff800000, 0x80000000, 0x7f7fffff, 0x00000001};
+  return float_of(kinds[r.below(6)]);
+}
+
+}  // namespace
+
+void test_fake_quantize(Level& level) {
+  Arena x_arena, grad_arena, limit_arena, y_arena;
+  std::vector<float> x, grad, limit, y, dx;
+  for (int64_t k = 0; k <= 300; ++k) {
+    for (int turn = 0; turn < 8; ++turn) {
+      Random r(mix(k, turn, 1));
+      const Side side = kSides[turn % 2];
+      // Powers of two give ties; 1/s overflows at none of them.
+      const float scales[] = {0.25f, 0.013f, 1.0f, 3e-38f, 1e30f, 0.0625f, 0.7f, 1e-6f};
+      const float scale = scales[turn], q = static_cast<float>((1 << (1 + turn)) - 1);
+      for (auto* v : {&x, &grad, &limit, &y, &dx}) v->resize(k);
+      for (int64_t j = 0; j < k; ++j) {
+        limit[j] = q * static_cast<float>(1 + r.below(3));
+        x[j] = r.next() % 4 == 0 ? scale * (static_cast<float>(r.below(300) - 150) + 0.5f) : scale * r.gauss() * 2.0f * q;
+        grad[j] = r.gauss();
+        if (turn >= 4 && r.below(50) == 0) x[j] = special(r);
+        if (turn >= 6 && r.below(100) == 0) grad[j] = special(r);
+        y[j] = fake_quantize(x[j], limit[j], scale);
+      }
+      const float slope = fake_quantize_gradients(grad.data(), x.data(), limit.data(), scale, k, dx.data());
+      // The ops call both in place for bf16.
+      for (const bool in_place : {false, true}) {
+        Case c(level, "fake_quantize k %ld turn %d%s", long(k), turn, in_place ? " in place" : "");
+        float* px = x_arena.copy(x.data(), k, side);
+        float* pg = grad_arena.copy(grad.data(), k, side);
+        const float* pl = limit_arena.copy(limit.data(), k, side);
+        float* py = in_place ? px : y_arena.place<float>(k, side);
+        level.kernels->fake_quantize.forward(px, pl, scale, k, py);
+        for (int64_t j = 0; j < k; ++j) {
+          if (!same(py[j], y[j])) c.check(false, "y[%ld] is %a, not %a", long(j), double(py[j]), double(y[j]));
+        }
+        px = x_arena.copy(x.data(), k, side);
+        float* pd = in_place ? pg : y_arena.place<float>(k, side);
+        const float got = level.kernels->fake_quantize.backward(pg, px, pl, scale, k, pd);
+        c.check(same(got, slope), "the gradient of the scale is %a, not %a", double(got), double(slope));
+        for (int64_t j = 0; j < k; ++j) {
+          if (!same(pd[j], dx[j])) c.check(false, "dx[%ld] is %a, not %a", long(j), double(pd[j]), double(dx[j]));
+        }
+        for (const Arena* arena : {&x_arena, &grad_arena, &y_arena}) {
+          c.check(arena->intact(), "bytes beside an operand were written");
+        }
+      }
+    }
+  }
+}
+
+void test_conversions(Level& level) {
+  Arena wide_arena, narrow_arena;
+  const auto widen = [&](const std::vector<uint16_t>& values, Side side) {
+    const int64_t n = static_cast<int64_t>(values.size());
+    Case c(level, "widen %ld", long(n));
+    const uint16_t* x = narrow_arena.copy(values.data(), n, side);
+    float* y = wide_arena.place<float>(n, side);
+    level.kernels->widen(x, n, y);
+    for (int64_t j = 0; j < n; ++j) {
+      const uint32_t want = static_cast<uint32_t>(values[j]) << 16;  // NaN payloads too
+      if (bits_of(y[j]) != want) c.check(false, "[%ld] is %08x, not %08x", long(j), bits_of(y[j]), want);
+    }
+    c.check(wide_arena.intact(), "bytes beside the output were written");
+  };
+  const auto narrow = [&](const std::vector<float>& values, Side side) {
+    const int64_t n = static_cast<int64_t>(values.size());
+    Case c(level, "narrow %ld", long(n));
+    const float* x = wide_arena.copy(values.data(), n, side);
+    uint16_t* y = narrow_arena.place<uint16_t>(n, side);
+    level.kernels->narrow(x, n, y);
+    for (int64_t j = 0; j < n; ++j) {
+      const uint16_t want = to_bf16(values[j]);
+      if (y[j] != want) c.check(false, "[%ld] of %08x is %04x, not %04x", long(j), bits_of(values[j]), y[j], want);
+    }
+    c.check(narrow_arena.intact(), "bytes beside the output were written");
+  };
+
+  std::vector<uint16_t> halves(65536);
+  for (size_t j = 0; j < halves.size(); ++j) halves[j] = static_cast<uint16_t>(j);
+  std::vector<float> floats(65536);
+  Random r(7);
+  for (const Side side : kSides) {
+    widen(halves, side);
+    for (const uint32_t low : {0x0000u, 0x0001u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      for (uint32_t j = 0; j < 65536; ++j) floats[j] = float_of(j << 16 | low);
+      narrow(floats, side);
+    }
+    for (auto& v : floats) v = float_of(static_cast<uint32_t>(r.next()));
+    narrow(floats, side);
+    for (int64_t n = 0; n <= 300; ++n) {
+      widen(std::vector<uint16_t>(halves.begin() + 16000, halves.begin() + 16000 + n), side);
+      narrow(std::vector<float>(floats.begin() + 300 * n % 30000, floats.begin() + 300 * n % 30000 + n), side);
+    }
+  }
+}
+
+void test_packing(Level& level) {
+  Arena codes_arena, tail_arena, packed_arena;
+  Weight w;
+  for (int64_t n : {0, 1, 2, 63, 64, 65, 127, 128, 129}) {
+    for (int64_t k : {0, 1, 2, 3, 4, 5, 63, 64, 65, 130}) {
+      for (int64_t e : {0, 1, 3, 4, 5, 64}) {
+        Case c(level, "pack n %ld k %ld e %ld", long(n), long(k), long(e));
+        make_weight(n, k, e, mix(n, k, e), kWithMinus128, w);
+        const Side side = kSides[(n + k + e) % 2];
+        const int64_t groups = ocsquant::groups_of(k) + ocsquant::groups_of(e), panels = (n + kPanel - 1) / kPanel;
+        const int64_t bytes = panels * (groups + 1) * kGroupBytes;
+        const int8_t* codes = codes_arena.copy(w.codes.data(), n * k, side);
+        const int8_t* tail = e > 0 ? tail_arena.copy(w.tail.data(), n * e, side) : nullptr;
+        int8_t* packed = packed_arena.place<int8_t>(bytes, side);
+        ocsquant::pack_panels(codes, tail, n, k, e, packed);
+        c.check(packed_arena.intact(), "bytes beside packed were written");
+
+        // The layout of pack.h, entry by entry: panel, group, column, channel within the group.
+        std::vector<int8_t> want(bytes, 0);
+        for (int64_t j = 0; j < n; ++j) {
+          int8_t* panel = want.data() + j / kPanel * (groups + 1) * kGroupBytes;
+          int32_t sum = 0;
+          for (int64_t p = 0; p < k + e; ++p) {
+            const int64_t at = p < k ? p : (k + kGroup - 1) / kGroup * kGroup + p - k;
+            const int8_t code = p < k ? w.codes[j * k + p] : w.tail[j * e + p - k];
+            panel[(at / kGroup * kPanel + j % kPanel) * kGroup + at % kGroup] = code;
+            sum += code;
+          }
+          std::memcpy(panel + groups * kGroupBytes + j % kPanel * 4, &sum, 4);
+        }
+        c.check(bytes == 0 || std::memcmp(packed, want.data(), bytes) == 0, "packed differs from the layout");
+
+        const int8_t* source = packed_arena.copy(want.data(), bytes, side);
+        int8_t* got_codes = codes_arena.place<int8_t>(n * k, side);
+        int8_t* got_tail = tail_arena.place<int8_t>(n * e, side);
+        ocsquant::unpack_panels(source, n, k, e, got_codes, got_tail);
+        c.check(n * k == 0 || std::memcmp(got_codes, w.codes.data(), n * k) == 0, "codes do not come back");
+        c.check(n * e == 0 || std::memcmp(got_tail, w.tail.data(), n * e) == 0, "tail does not come back");
+        c.check(codes_arena.intact() && tail_arena.intact(), "bytes beside the unpacked codes were written");
+      }
+    }
+  }
+}
+
+// levels: those select_kernels knows, best first.
+void test_selection(Level& level, const std::vector<Level>& levels) {
+  const char* why = nullptr;
+  const Level* best = nullptr;
+  for (const Level& l : levels) {
+    Case c(level, "select %s", l.name);
+    why = nullptr;
+    const ocsquant::Kernels* got = ocsquant::select_kernels(l.name, &why);
+    c.check(got == (l.usable ? l.kernels : nullptr), "got %s", got != nullptr ? got->isa : "null");
+    c.check(why != nullptr && *why != '\0', "no reason");
+    c.check(std::strcmp(l.kernels->isa, l.name) == 0, "the table is called %s", l.kernels->isa);
+    if (best == nullptr && l.usable) best = &l;
+  }
+  for (const char* any : {static_cast<const char*>(nullptr), ""}) {
+    Case c(level, "select the best");
+    why = nullptr;
+    const ocsquant::Kernels* got = ocsquant::select_kernels(any, &why);
+    c.check(got == best->kernels && why != nullptr && *why != '\0', "got %s", got != nullptr ? got->isa : "null");
+  }
+  for (const char* unknown : {"avx", "AVX2", "avx2 ", "avx51", "neon"}) {
+    Case c(level, "select %s", unknown);
+    why = nullptr;
+    c.check(ocsquant::select_kernels(unknown, &why) == nullptr, "got a table");
+    c.check(why != nullptr && *why != '\0', "no reason");
+  }
+}
+
+}  // namespace coretest

@@ -1,0 +1,83 @@
+// Stands in front of the compiler's <immintrin.h> so that the AVX-512 sources compile to AVX2 code through SIMDe: their
+// logic is then tested on a machine without AVX-512. Below is what SIMDe 0.7.4 lacks, lane by lane as Intel's guide
+// words it. Nothing here is meant to be fast.
+#pragma once
+#include_next <immintrin.h>  // SIMDe builds 256-bit operations on the real ones
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+#include <cmath>
+
+// The compiler has its own 512-bit types, of another kind than SIMDe's.
+#define __m512 simde__m512
+#define __m512i simde__m512i
+#define __mmask16 simde__mmask16
+#define __mmask32 simde__mmask32
+
+// The VEX and the EVEX encoding of one instruction.
+#undef _mm256_dpbusd_avx_epi32
+#define _mm256_dpbusd_avx_epi32 simde_mm256_dpbusd_epi32
+
+namespace shim {
+
+inline simde__m512 to_float(simde__m512i v) {
+  const simde__m512i_private in = simde__m512i_to_private(v);
+  simde__m512_private out;
+  for (int i = 0; i < 16; ++i) out.f32[i] = static_cast<float>(in.i32[i]);
+  return simde__m512_from_private(out);
+}
+
+inline simde__m512i to_int(simde__m512 v) {
+  const simde__m512_private in = simde__m512_to_private(v);
+  simde__m512i_private out;
+  for (int i = 0; i < 16; ++i) {
+    const float r = std::nearbyint(in.f32[i]);
+    out.i32[i] = r >= -0x1p31f && r < 0x1p31f ? static_cast<int32_t>(r) : INT32_MIN;  // "integer indefinite"
+  }
+  return simde__m512i_from_private(out);
+}
+
+inline int32_t largest(simde__m512i v) {
+  const simde__m512i_private in = simde__m512i_to_private(v);
+  int32_t out = in.i32[0];
+  for (int i = 1; i < 16; ++i) out = in.i32[i] > out ? in.i32[i] : out;
+  return out;
+}
+
+inline int32_t total(simde__m512i v) {
+  const simde__m512i_private in = simde__m512i_to_private(v);
+  uint32_t out = 0;
+  for (int i = 0; i < 16; ++i) out += static_cast<uint32_t>(in.i32[i]);
+  return static_cast<int32_t>(out);
+}
+
+inline simde__m512i widen_u16(simde__m256i v) {
+  const simde__m256i_private in = simde__m256i_to_private(v);
+  simde__m512i_private out;
+  for (int i = 0; i < 16; ++i) out.u32[i] = in.u16[i];
+  return simde__m512i_from_private(out);
+}
+
+inline simde__m256i truncate_to_i16(simde__m512i v) {
+  const simde__m512i_private in = simde__m512i_to_private(v);
+  simde__m256i_private out;
+  for (int i = 0; i < 16; ++i) out.u16[i] = static_cast<uint16_t>(in.u32[i]);
+  return simde__m256i_from_private(out);
+}
+
+inline uint32_t unequal_i16(simde__m512i a, simde__m512i b) {
+  const simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b);
+  uint32_t out = 0;
+  for (int i = 0; i < 32; ++i) out |= static_cast<uint32_t>(x.i16[i] != y.i16[i]) << i;
+  return out;
+}
+
+}  // namespace shim
+
+#define _mm512_cvtepi32_ps shim::to_float
+#define _mm512_cvtps_epi32 shim::to_int
+#define _mm512_reduce_max_epi32 shim::largest
+#define _mm512_reduce_add_epi32 shim::total
+#define _mm512_cvtepu16_epi32 shim::widen_u16
+#define _mm512_cvtepi32_epi16 shim::truncate_to_i16
+#define _mm512_cmpneq_epi16_mask shim::unequal_i16
