@@ -14,17 +14,16 @@ from torch import Tensor, nn
 
 from ocsquant.config import Recipe
 from ocsquant.layers import (
-    UNLIMITED,
     Matrix,
-    budget_splits,
     matrices,
     plan_from,
     plan_splits,
     quantize_matrix,
+    splits_in_order,
     stored_bytes,
 )
 from ocsquant.methods import ocs
-from ocsquant.methods.grid import QuantizedWeight, largest_range, weight_sqnr
+from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import Layer
@@ -38,7 +37,7 @@ def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> t
     """Every change and every report line; the model is only read."""
     changes: list[Change] = []
     layers: list[Layer] = []
-    budget = _share_budget(plan.targets, simulate)
+    budget = _share_budget(plan.targets)
     shared: dict[int, QuantizedLinear] = {}
     for target in progress(plan.targets):
         new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
@@ -67,7 +66,7 @@ def _build_target(
     notes = []
     found: list[tuple[Matrix, ocs.SplitPlan | None]] = []
     for matrix in matrices(module, target.path):
-        plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights, integer)
+        plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
         if target.kind == "embedding" and recipe.weights.split is not None:
             plan, notes = None, ["not split: an embedding has no input channels"]
         found.append((matrix, plan))
@@ -190,7 +189,7 @@ def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer
     return layers
 
 
-def _share_budget(targets: list[Target], simulate: bool) -> dict[int, dict[str, ocs.SplitPlan]]:
+def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
     """Splits under `OCS.max_overhead`: by error gain per byte over all layers of one recipe."""
     plans: dict[int, dict[str, ocs.SplitPlan]] = {}
     recipes = {id(t.recipe): t.recipe for t in targets}
@@ -199,23 +198,19 @@ def _share_budget(targets: list[Target], simulate: bool) -> dict[int, dict[str, 
         if split is None or split.max_overhead is None:
             continue
         members = [t for t in targets if id(t.recipe) == key and t.kind != "embedding"]
-        for target, matrix, channels in _spend(members, recipe, split.max_overhead, simulate):
+        for target, matrix, channels in _spend(members, recipe, split.max_overhead):
             if channels:
                 plans.setdefault(id(target.module), {})[matrix.name] = plan_from(matrix, split, iter(channels))
     return plans
 
 
-def _spend(
-    members: list[Target], recipe: Recipe, overhead: float, simulate: bool
-) -> Iterator[tuple[Target, Matrix, list[int]]]:
+def _spend(members: list[Target], recipe: Recipe, overhead: float) -> Iterator[tuple[Target, Matrix, list[int]]]:
     found = [(target, matrix) for target in members for matrix in matrices(target.module, target.path)]
-    integer = not simulate and recipe.weights.bits is not None
-    limit = largest_range(recipe.weights.bits) if integer and recipe.weights.bits else UNLIMITED
     chosen: list[list[int]] = [[] for _ in found]
     orders = []
     for _, matrix in found:
         most = matrix.channels if overhead else 0
-        orders.append(islice(budget_splits(matrix.magnitude(), recipe.weights, limit), most))
+        orders.append(islice(splits_in_order(matrix, recipe.weights), most))
     bits = recipe.weights.bits or 32
     left = overhead * sum(matrix.values.numel() * bits / 8 for _, matrix in found)
     power = [max(float(matrix.values.square().sum()), 1e-30) for _, matrix in found]

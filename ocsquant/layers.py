@@ -16,7 +16,7 @@ from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, qu
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU)
-UNLIMITED = 2**15  # no int8 tail bounds the range of a simulated layer
+UNLIMITED = 2**15  # copies written out in float need no tail
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,18 @@ def matrices(module: nn.Module, path: str) -> Iterator[Matrix]:
         yield Matrix(name, weight.shape, values, weight.shape[1], positions)
 
 
-def budget_splits(magnitude: Tensor, weights: Weights, limit: int) -> Iterator[tuple[int, float]]:
-    return ocs.splits_by_gain(
-        magnitude, weights.bits or 8, weights.granularity, weights.group_size, weights.clip, limit
-    )
+def range_limit(weights: Weights) -> int:
+    """No channel's range beyond what a base code and one int8 tail code hold, simulated or not."""
+    return UNLIMITED if weights.bits is None else largest_range(weights.bits)
 
 
-def plan_splits(matrix: Matrix, weights: Weights, integer: bool) -> ocs.SplitPlan | None:
+def splits_in_order(matrix: Matrix, weights: Weights) -> Iterator[tuple[int, float]]:
+    """Channels by error gain (`ocs.splits_by_gain`)."""
+    bits, limit = weights.bits or 8, range_limit(weights)
+    return ocs.splits_by_gain(matrix.magnitude(), bits, weights.granularity, weights.group_size, weights.clip, limit)
+
+
+def plan_splits(matrix: Matrix, weights: Weights) -> ocs.SplitPlan | None:
     """Which channels of one matrix to split, for `expand_ratio`; None where nothing is to be split."""
     split = weights.split
     if split is None or split.max_overhead is not None:
@@ -85,13 +90,9 @@ def plan_splits(matrix: Matrix, weights: Weights, integer: bool) -> ocs.SplitPla
     splits = ocs.split_count(split.expand_ratio, matrix.channels)
     if splits == 0:
         return None
-    limit = largest_range(weights.bits) if integer and weights.bits else UNLIMITED
-    magnitude = matrix.magnitude()
     if split.select == "max":
-        return ocs.plan_largest(magnitude.amax(0), splits, split.shares, limit)
-    return plan_from(
-        matrix, split, (channel for channel, _ in islice(budget_splits(magnitude, weights, limit), splits))
-    )
+        return ocs.plan_largest(matrix.magnitude().amax(0), splits, split.shares, range_limit(weights))
+    return plan_from(matrix, split, (channel for channel, _ in islice(splits_in_order(matrix, weights), splits)))
 
 
 def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitPlan:

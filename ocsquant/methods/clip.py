@@ -66,9 +66,9 @@ def _aciq(share: Tensor, bits: int) -> Tensor:
 
 def laplacian_clip(bits: int) -> float:
     """alpha / b that minimizes 2 b^2 exp(-alpha / b) + alpha^2 / (3 * 4^bits): alpha/b * exp(alpha/b) = 3 * 4^bits."""
-    u = 1.0
-    for _ in range(50):
-        u -= (u * math.exp(u) - 3 * 4**bits) / (math.exp(u) * (1 + u))
+    u = 2.0
+    for _ in range(100):
+        u = math.log(3 * 4**bits / u)
     return u
 
 

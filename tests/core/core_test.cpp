@@ -39,7 +39,8 @@ Cpu read_cpu() {
   const uint32_t leaves = a;
   const bool zmm = (low & 0xe6) == 0xe6, vnni = (c & (1u << 11)) != 0;
   cpu.avx2 = (low & 6) == 6 && (b & bit_AVX2) != 0;
-  cpu.avx512vl_vnni = cpu.avx2 && zmm && vnni && (b & bit_AVX512F) != 0 && (b & bit_AVX512BW) != 0 && (b & bit_AVX512VL) != 0;
+  cpu.avx512vl_vnni =
+      cpu.avx2 && zmm && vnni && (b & bit_AVX512F) != 0 && (b & bit_AVX512BW) != 0 && (b & bit_AVX512VL) != 0;
   cpu.avx512_vnni = cpu.avx512vl_vnni && (b & bit_AVX512DQ) != 0;
   cpu.avx_vnni = cpu.avx2 && leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
   return cpu;
@@ -71,7 +72,8 @@ std::vector<Level> all_levels(size_t& selectable) {
 // Says in which case an operand's end was overrun; only what a signal handler may call.
 void on_fault(int) {
   const char text[] = "FAILED by a memory fault: ";
-  if (write(1, text, sizeof(text) - 1) < 0 || write(1, g_case, std::strlen(g_case)) < 0 || write(1, "\n", 1) < 0) _exit(3);
+  if (write(1, text, sizeof(text) - 1) < 0 || write(1, g_case, std::strlen(g_case)) < 0 || write(1, "\n", 1) < 0)
+    _exit(3);
   _exit(1);
 }
 #endif
@@ -93,7 +95,8 @@ int run(int64_t every) {
   int64_t passed = 0, failed = 0, skipped = 0;
   for (const Level& level : levels) {
     if (level.usable) {
-      std::printf("%s: %ld passed, %ld failed, %.1f s\n", level.name, long(level.passed), long(level.failed), level.seconds);
+      std::printf("%s: %ld passed, %ld failed, %.1f s\n", level.name, long(level.passed), long(level.failed),
+                  level.seconds);
     } else {
       std::printf("skipped: %s: this CPU lacks it\n", level.name);
       ++skipped;
@@ -102,7 +105,7 @@ int run(int64_t every) {
     failed += level.failed;
   }
 #if !defined(OCSQ_TEST_EMULATED)
-  std::printf("skipped: emulated levels: no SIMDe on this machine (Debian package libsimde-dev)\n");
+  std::printf("skipped: emulated levels: built without SIMDe (Debian package libsimde-dev)\n");
   skipped += 2;
 #endif
   std::printf("%ld passed, %ld failed, %ld skipped\n", long(passed), long(failed), long(skipped));

@@ -104,11 +104,13 @@ inline void fill_token(Random& r, int fill, const ocsquant::TokenQuantizer& how,
       // Sitting at the threshold, so the codes fall at limit - 2 .. limit + 3.
       const float bulk = how.threshold * size;
       for (int64_t i = 1 + r.below(3); i > 0; --i) {
-        somewhere() = bulk * r.sign() * (1.0f + (5.0f * r.uniform() - 1.5f) / limit + 0.5f * how.threshold / static_cast<float>(k));
+        somewhere() = bulk * r.sign() *
+                      (1.0f + (5.0f * r.uniform() - 1.5f) / limit + 0.5f * how.threshold / static_cast<float>(k));
       }
       break;
     }
-    default: break;
+    default:
+      break;
   }
 }
 
@@ -162,13 +164,26 @@ inline void fill_codes(Random& r, int fill, std::vector<int8_t>& codes) {
   for (auto& c : codes) {
     const uint64_t v = r.next() >> 40;
     switch (fill) {
-      case kAllTop: c = 127; break;
-      case kAllBottom: c = -127; break;
-      case kExtremes: c = v % 2 == 0 ? 127 : -127; break;
-      case kZeros: c = 0; break;
-      case kFourBit: c = static_cast<int8_t>(static_cast<int>(v % 15) - 7); break;
-      case kWithMinus128: c = static_cast<int8_t>(v); break;
-      default: c = static_cast<int8_t>(static_cast<int>(v % 255) - 127);
+      case kAllTop:
+        c = 127;
+        break;
+      case kAllBottom:
+        c = -127;
+        break;
+      case kExtremes:
+        c = v % 2 == 0 ? 127 : -127;
+        break;
+      case kZeros:
+        c = 0;
+        break;
+      case kFourBit:
+        c = static_cast<int8_t>(static_cast<int>(v % 15) - 7);
+        break;
+      case kWithMinus128:
+        c = static_cast<int8_t>(v);
+        break;
+      default:
+        c = static_cast<int8_t>(static_cast<int>(v % 255) - 127);
     }
   }
 }

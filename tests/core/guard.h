@@ -1,6 +1,6 @@
-// Memory that ends right before, or starts right behind, an inaccessible page: a kernel that reads or writes one byte too
-// many dies. ASan alone does not see what assembly and masked vector accesses touch. On the open side lie known bytes
-// (under ASan: poisoned ones), so a write there is noticed too.
+// Memory that ends right before, or starts right behind, an inaccessible page: a kernel that reads or writes one byte
+// too many dies. ASan alone does not see what assembly and masked vector accesses touch. On the open side lie known
+// bytes (under ASan: poisoned ones), so a write there is noticed too.
 #pragma once
 #include <sys/mman.h>
 

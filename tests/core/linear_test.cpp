@@ -58,10 +58,12 @@ class Rig {
   }
 
   void run(Level& level) {
-    Case c(level, "M %ld N %ld K %ld tail %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s, ranges %ld, blocks %ld%s",
-           long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
-           tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
-           packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
+    Case c(
+        level,
+        "M %ld N %ld K %ld tail %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s, ranges %ld, blocks %ld%s",
+        long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
+        tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
+        packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;
     place_outputs(kernels);
@@ -75,11 +77,14 @@ class Rig {
   void place_outputs(const LinearKernels& kernels) {
     const int64_t m = tokens_->m, capacity = kernels.uses_rests ? 2 * tokens_->how.max_outliers : 0;
     const Side side = plan_.side;
-    a_ = {codes_arena_.place<uint8_t>(m * packed_.depth() * kernels.code_bytes, side), step_arena_.place<float>(m, side),
-          rest_arena_.place<Rest>(m * capacity, side), count_arena_.place<int32_t>(m, side), m, capacity};
+    a_ = {codes_arena_.place<uint8_t>(m * packed_.depth() * kernels.code_bytes, side),
+          step_arena_.place<float>(m, side),
+          rest_arena_.place<Rest>(m * capacity, side),
+          count_arena_.place<int32_t>(m, side),
+          m,
+          capacity};
     for (int t = 0; t < 2; ++t) {
-      scratch_[t] =
-          scratch_arena_[t].place<uint8_t>(ocsquant::quantize_scratch_bytes(packed_, kernels.row_tile), side);
+      scratch_[t] = scratch_arena_[t].place<uint8_t>(ocsquant::quantize_scratch_bytes(packed_, kernels.row_tile), side);
       sums_[t] = sums_arena_[t].place<int32_t>(kernels.row_block * kPanel, side);
     }
     y_ = out_ == Float::f32 ? static_cast<void*>(y_arena_.place<float>(m * packed_.n, side))
@@ -153,13 +158,13 @@ class Rig {
       c.check(false, "y[%ld][%ld] is %a, not %a", long(i / packed_.n), long(i % packed_.n), double(got), double(want));
       break;
     }
-    const Arena* written[] = {&codes_arena_, &step_arena_, &rest_arena_, &count_arena_, &y_arena_,
+    const Arena* written[] = {&codes_arena_,      &step_arena_,       &rest_arena_,    &count_arena_,  &y_arena_,
                               &scratch_arena_[0], &scratch_arena_[1], &sums_arena_[0], &sums_arena_[1]};
     for (const Arena* arena : written) c.check(arena->intact(), "bytes beside an operand were written");
   }
 
-  Arena x_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_, codes_arena_, step_arena_, rest_arena_,
-      count_arena_, scratch_arena_[2], sums_arena_[2];
+  Arena x_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_, codes_arena_, step_arena_,
+      rest_arena_, count_arena_, scratch_arena_[2], sums_arena_[2];
   const Tokens* tokens_ = nullptr;
   const Weight* weight_ = nullptr;
   Float out_ = Float::f32;
@@ -254,13 +259,15 @@ void fills(std::vector<Level>& levels, Rig& rig, int64_t every) {
 }
 
 // No channel at all, and the most that int32 sums hold: there the unsigned kernels wrap around and back.
-void extreme_depths(std::vector<Level>& levels, Rig& rig) {
+void extreme_depths(std::vector<Level>& levels, Rig& rig, int64_t every) {
   Tokens tokens;
   Weight weight;
+  uint64_t turn = 0;
   for (int64_t k : {int64_t{0}, int64_t{1000}, ocsquant::kMaxDepth - 8, ocsquant::kMaxDepth}) {
     for (int64_t m : {1, 7}) {
       for (int fill : {kConstant, kHuge, kOutliers}) {
         for (int weight_fill : {kAllTop, kAllBottom, kFull}) {
+          if (turn++ % every != 0) continue;
           const uint64_t seed = mix(k, m, fill * 10 + weight_fill);
           make_tokens(m, k, seed, fill, tokens);
           tokens.how = {8, fill == kConstant ? 0 : 16, 2.0f};
@@ -283,7 +290,7 @@ void test_linear(std::vector<Level>& levels, int64_t every) {
   small_shapes(levels, rig, every);
   large_shapes(levels, rig, every > 1 ? 13 : 1);
   fills(levels, rig, every > 1 ? 5 : 1);
-  extreme_depths(levels, rig);
+  extreme_depths(levels, rig, every > 1 ? 5 : 1);
 }
 
 }  // namespace coretest

@@ -1,5 +1,5 @@
-// The definition of the numbers, written a second time and plainly: no vectors, no blocks, int64 sums. It shares nothing
-// with csrc/core but the structures of kernels.h. Compile without contraction of multiply and add.
+// The definition of the numbers, written a second time and plainly: no vectors, no blocks, int64 sums. It shares
+// nothing with csrc/core but the structures of kernels.h. Compile without contraction of multiply and add.
 #pragma once
 #include <algorithm>
 #include <cmath>

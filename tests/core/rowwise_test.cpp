@@ -33,7 +33,8 @@ void test_fake_quantize(Level& level) {
       for (auto* v : {&x, &grad, &limit, &y, &dx}) v->resize(k);
       for (int64_t j = 0; j < k; ++j) {
         limit[j] = q * static_cast<float>(1 + r.below(3));
-        x[j] = r.next() % 4 == 0 ? scale * (static_cast<float>(r.below(300) - 150) + 0.5f) : scale * r.gauss() * 2.0f * q;
+        x[j] =
+            r.next() % 4 == 0 ? scale * (static_cast<float>(r.below(300) - 150) + 0.5f) : scale * r.gauss() * 2.0f * q;
         grad[j] = r.gauss();
         if (turn >= 4 && r.below(50) == 0) x[j] = special(r);
         if (turn >= 6 && r.below(100) == 0) grad[j] = special(r);

@@ -1,0 +1,98 @@
+"""Every operator in plain Python and PyTorch, written for reading: the oracle of all kernels."""
+
+import math
+import struct
+
+import torch
+from torch import Tensor
+
+
+def fp32(value: float) -> float:
+    """A Python float rounded to float32."""
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)
+
+
+def quantize_token(x: Tensor, bits: int = 8, max_outliers: int = 16, threshold: float = 4.0) -> tuple[list[int], float]:
+    """Codes and step of one float32 token: run-time OCS, one scalar operation at a time."""
+    values = x.tolist()
+    limit = 2 ** (bits - 1) - 1
+    if any(not math.isfinite(v) for v in values):
+        return [0] * len(values), math.nan
+    absmax = max((abs(v) for v in values), default=0.0)
+    step = fp32(absmax / limit)
+    if max_outliers > 0 and values:
+        lanes = [0.0] * 64
+        for k in range(-(-len(values) // 64) * 64):
+            v = values[k] if k < len(values) else 0.0
+            lanes[k % 64] = fp32(lanes[k % 64] + fp32(v * v))
+        width = 32
+        while width:
+            lanes = [fp32(lanes[i] + lanes[i + width]) for i in range(width)]
+            width //= 2
+        if 2.0**-100 <= lanes[0] < math.inf:
+            rms = fp32(math.sqrt(fp32(lanes[0] / fp32(len(values)))))
+            step = fp32(min(absmax, fp32(fp32(threshold) * rms)) / limit)
+    codes = _codes(values, step)
+    if max_outliers > 0 and sum(abs(c) > limit for c in codes) > max_outliers:
+        step = fp32(sorted(map(abs, values), reverse=True)[max_outliers] / limit)
+        codes = _codes(values, step)
+    return codes, step if step >= 2.0**-120 else 0.0
+
+
+def _codes(values: list[float], step: float) -> list[int]:
+    if step < 2.0**-120:
+        return [0] * len(values)
+    inverse = fp32(1.0 / step)
+    return [round(fp32(v * inverse)) for v in values]  # Python rounds ties to even
+
+
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    bits: int = 8,
+    max_outliers: int = 16,
+    threshold: float = 4.0,
+) -> Tensor:
+    """y = float(sum of integer products) * (step * scale) + bias."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    rows = []
+    for token in flat:
+        q, step = quantize_token(token, bits, max_outliers, threshold)
+        integers = torch.tensor(q, dtype=torch.int64)
+        total = codes.long() @ integers
+        if tail is not None:
+            total = total + tail.long() @ integers[tail_index.long()]
+        rows.append(total.float() * (torch.tensor(step, dtype=torch.float32) * scale))
+    y = torch.stack(rows) if rows else torch.empty(0, scale.numel())
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], scale.numel()).to(x.dtype)
+
+
+def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
+    limit = (splits.float() * (2 ** (bits - 1) - 1)).reshape(1, -1, *[1] * (x.dim() - 2))
+    s = scale.reshape(-1, *[1] * (x.dim() - 1))
+    q = torch.round(x.float() * (1.0 / s))
+    clamped = torch.where(q > limit, limit, torch.where(q < -limit, -limit, q))
+    return (clamped * s).to(x.dtype)
+
+
+def fake_quantize_split_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, splits: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Straight-through gradients; the scale's summed in float64."""
+    limit = (splits.float() * (2 ** (bits - 1) - 1)).reshape(1, -1, *[1] * (x.dim() - 2)).expand_as(x)
+    s = scale.reshape(-1, *[1] * (x.dim() - 1))
+    u = x.float() * (1.0 / s)
+    q = torch.round(u)
+    beyond = q.abs() > limit
+    slope = torch.where(beyond, limit * q.sign(), q - u)
+    terms = (grad.float() * slope).double().flatten(1).sum(1)
+    dscale = terms.sum() if scale.dim() == 0 else terms
+    return torch.where(beyond, torch.zeros_like(grad), grad), dscale.float()
