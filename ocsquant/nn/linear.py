@@ -68,9 +68,11 @@ class QuantizedLinear(nn.Module):
             if x.dtype != torch.float16:
                 raise ArgumentError("x", "float32, bfloat16 or float16", x.dtype)
             return self.forward(x.float()).half()
+        # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.
+        b: dict[str, Any] = self._buffers
         a = self.activations
         return ops.quantized_linear(
-            x, self.packed, self.scale, self.bias, self.tail_index, a.bits, a.max_outliers, a.outlier_threshold
+            x, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
         )
 
     @property
