@@ -36,7 +36,7 @@ def competitors(size: int, copies: dict[str, int]) -> dict[str, nn.Sequential]:
 
 
 def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: int) -> list[dict[str, Any]]:
-    names = ["fp32", "ocsquant", *measure.engines()]
+    names = {"fp32": None, "ocsquant": None} | {engine: engine for engine in measure.engines()}
     hot = dict.fromkeys(names, 1)
     bytes_of = {name: size * size * (4 if name == "fp32" else 1) for name in names}
     many = {name: -(-COLD_BYTES // bytes_of[name]) for name in names}
@@ -48,15 +48,10 @@ def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: in
         layers = competitors(size, many if is_cold else hot)
         for m in served:
             x = torch.randn(m, size)
-            calls = {
-                name: Call(measure.rotate(layers[name], x), name if name in measure.engines() else None)
-                for name in names
-            }
+            calls = {name: Call(measure.rotate(layers[name], x), engine) for name, engine in names.items()}
             # A rotation has to come round once, or the layers measured are only the first ones.
-            block = 4e-3 if not is_cold else 40e-3
-            cells.append(
-                {"size": size, "tokens": m, "cold": is_cold, "times": measure.interleave(calls, repetitions, block)}
-            )
+            times = measure.interleave(calls, repetitions, block=40e-3 if is_cold else measure.BLOCK)
+            cells.append({"size": size, "tokens": m, "cold": is_cold, "times": times})
             print(".", end="", flush=True)
     return sorted(cells, key=lambda cell: cell["tokens"])
 
@@ -104,11 +99,12 @@ def main() -> None:
     text = measure.table([*columns, "our GOPS", "our GB/s", "fp32 / ours", "best engine / ours"], rows)
     worst = min(wins, key=wins.__getitem__)
     overhead = call_overhead(repetitions)
+    extra = measure.ratio(overhead["ocsquant"], overhead["fp32"])
     text += (
         f"\n\nbest engine / ours: geometric mean {measure.geometric_mean(list(wins.values())):.2f}, "
         f"worst cell {wins[worst]:.2f} ({worst})"
         f"\ncall overhead, 1 token through 16x16: nn.Linear {measure.microseconds(overhead['fp32'])} us, ours "
-        f"{measure.microseconds(overhead['ocsquant'])} us, ratio {measure.ratio(overhead['ocsquant'], overhead['fp32'])}"
+        f"{measure.microseconds(overhead['ocsquant'])} us, ratio {extra}"
     )
     measure.finish("linear_cold" if args.cold else "linear", head, text, {"cells": cells, "call_overhead": overhead})
 

@@ -15,6 +15,7 @@ import struct
 import sysconfig
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -240,16 +241,28 @@ class Vocabulary:
             at += 8 + length
 
     def __call__(self, text: str) -> list[int]:
-        pieces = [(" " + text)[i].encode() for i in range(len(text) + 1)]
+        pieces = [character.encode() for character in " " + text]
         while True:
-            merges = [self.ids.get(a + b) for a, b in zip(pieces, pieces[1:], strict=False)]
-            best = max((i for i, m in enumerate(merges) if m is not None), key=lambda i: self.scores[merges[i]], default=-1)
-            if best < 0:
+            found = {a + b for a, b in pairwise(pieces) if a + b in self.ids}
+            if not found:
                 break
-            pieces[best : best + 2] = [pieces[best] + pieces[best + 1]]
+            # All places at once: what a merge makes possible never scores higher than the merge itself.
+            pieces = _merge(pieces, max(found, key=lambda piece: self.scores[self.ids[piece]]))
         # A character outside the vocabulary becomes its bytes; their tokens follow the three special ones.
         known = ([self.ids[p]] if p in self.ids else [byte + 3 for byte in p] for p in pieces)
         return [1, *(token for tokens in known for token in tokens)]
+
+
+def _merge(pieces: list[bytes], whole: bytes) -> list[bytes]:
+    merged: list[bytes] = []
+    open_end = False  # whether the last piece may still take its right neighbour
+    for piece in pieces:
+        if open_end and merged[-1] + piece == whole:
+            merged[-1], open_end = whole, False
+        else:
+            merged.append(piece)
+            open_end = True
+    return merged
 
 
 class CharLSTM(nn.Module):
@@ -281,7 +294,7 @@ def charrnn(length: int = 120_000) -> tuple[CharLSTM, Tensor] | None:
 
 
 @torch.inference_mode()
-def bits_per_character(model: CharLSTM, ids: Tensor, streams: int = 1) -> float:
+def bits_per_character(model: CharLSTM, ids: Tensor, streams: int = 20) -> float:
     """The text cut in `streams` pieces that run side by side, the state of each starting at zero."""
     rows = ids.view(streams, -1)
     logits = model(rows)

@@ -1,7 +1,7 @@
 """Where does a small layer gain nothing? Our linear against nn.Linear over small shapes, each with 1 and 128 tokens.
 
-`ocsquant.quantize` leaves a layer float below ocsquant.planning.SMALLEST_OUT outputs or SMALLEST_IN inputs; this sweep
-is what those two numbers are checked with.
+`ocsquant.quantize` leaves a layer float where ocsquant.planning.pays(outputs, inputs) says no; this sweep is what that
+rule is checked with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 import ocsquant
 from ocsquant.methods.grid import quantize_weight
 from ocsquant.nn import QuantizedLinear
-from ocsquant.planning import SMALLEST_IN, SMALLEST_OUT
+from ocsquant.planning import pays
 
 SIZES, SHORT_SIZES, TOKENS = (8, 16, 32, 64, 96, 128, 192, 256), (16, 32, 64, 256), (1, 128)
 
@@ -48,7 +48,7 @@ def grid(cells: list[dict[str, Any]], sizes: tuple[int, ...], tokens: int) -> st
 
 
 def taken(outputs: int, inputs: int) -> bool:
-    return outputs >= SMALLEST_OUT and inputs >= SMALLEST_IN
+    return pays(outputs, inputs)
 
 
 def verdict(cells: list[dict[str, Any]]) -> str:
@@ -67,7 +67,7 @@ def verdict(cells: list[dict[str, Any]]) -> str:
     inside = [gain for shape, gain in typical.items() if taken(*shape)]
     outside = [gain for shape, gain in typical.items() if not taken(*shape)]
     lines.append(
-        f"rule: at least {SMALLEST_OUT} outputs and {SMALLEST_IN} inputs; fp32 / ours, median over shapes: "
+        f"fp32 / ours, median over shapes: "
         f"{statistics.median(inside):.2f} quantized, {statistics.median(outside):.2f} left"
     )
     return "\n".join(lines)

@@ -19,9 +19,17 @@ from ocsquant.layers import kind_of, weight_names
 from ocsquant.nn import QuantizedLinear, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
-# Below these a float linear of the same shape is as fast (benchmarks/small_layers.py).
-SMALLEST_OUT, SMALLEST_IN = 16, 32
+SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 16, 64, 128, 96
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def pays(out_features: int, in_features: int) -> bool:
+    """Whether the integer linear is at least as fast as the float one, for few tokens and for many.
+
+    Measured (benchmarks/small_layers.py): quantizing a token costs time that short rows or few outputs do not win back.
+    """
+    wide_enough = SMALLEST_OUT if in_features >= NARROW_IN else WIDE_OUT
+    return in_features >= SMALLEST_IN and out_features >= wide_enough
 
 
 @dataclass
@@ -203,8 +211,8 @@ def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -
     if weights.granularity == "group" or not weights.symmetric:
         return "no integer kernel for groups or zero points yet: use simulate=True for its accuracy"
     assert isinstance(module, nn.Linear)
-    if not named and (module.out_features < SMALLEST_OUT or module.in_features < SMALLEST_IN):
-        return f"too small to gain: fewer than {SMALLEST_OUT} outputs or {SMALLEST_IN} inputs"
+    if not named and not pays(module.out_features, module.in_features):
+        return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
     return None
 
 

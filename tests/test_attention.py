@@ -90,13 +90,13 @@ def test_dropout_in_training():
 
 @pytest.mark.parametrize("root", [True, False])
 def test_output_projection_is_quantized_and_called(root):
-    attention = nn.MultiheadAttention(64, 4, batch_first=True).eval()
+    attention = nn.MultiheadAttention(128, 4, batch_first=True).eval()
     model = attention if root else nn.ModuleDict({"attention": attention})
-    x = torch.randn(2, 9, 64)
+    x = torch.randn(2, 9, 128)
     expected = attention(x, x, x)[0]
     ocsquant.quantize(model)
     assert isinstance(attention.out_proj, QuantizedLinear)
-    assert attention.out_proj.weight.shape == (64, 64)
+    assert attention.out_proj.weight.shape == (128, 128)
     with torch.inference_mode(), CallCounter() as counter:
         got = attention(x, x, x)[0]
     assert counter.calls == 1
@@ -106,9 +106,9 @@ def test_output_projection_is_quantized_and_called(root):
 
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_transformer_encoder_leaves_its_fused_path(norm_first):
-    layer = nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, norm_first=norm_first)
+    layer = nn.TransformerEncoderLayer(128, 4, 160, batch_first=True, norm_first=norm_first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first).eval()
-    x = torch.randn(2, 9, 64)
+    x = torch.randn(2, 9, 128)
     padding = torch.zeros(2, 9, dtype=torch.bool)
     padding[1, 6:] = True
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def test_transformer_encoder_leaves_its_fused_path(norm_first):
 
 def test_attention_that_cannot_be_replaced_stays_float_by_name():
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        model = nn.ModuleDict({"a": nn.MultiheadAttention(64, 4, **options), "l": nn.Linear(64, 64)})
+        model = nn.ModuleDict({"a": nn.MultiheadAttention(128, 4, **options), "l": nn.Linear(128, 128)})
         ocsquant.quantize(model)
         assert type(model["a"]) is nn.MultiheadAttention
         assert "not supported" in {r.path: r.reason for r in ocsquant.report(model).layers}["a.out_proj"]
@@ -133,6 +133,6 @@ def test_attention_that_cannot_be_replaced_stays_float_by_name():
     class Own(nn.MultiheadAttention):
         pass
 
-    model = nn.ModuleDict({"a": Own(64, 4), "l": nn.Linear(64, 64)})
+    model = nn.ModuleDict({"a": Own(128, 4), "l": nn.Linear(128, 128)})
     ocsquant.quantize(model)
     assert not isinstance(model["a"].out_proj, QuantizedLinear)

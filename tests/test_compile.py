@@ -12,7 +12,7 @@ import ocsquant
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.down, self.norm = nn.Linear(48, 96), nn.Linear(96, 48), nn.LayerNorm(48)
+        self.up, self.down, self.norm = nn.Linear(128, 192), nn.Linear(192, 128), nn.LayerNorm(128)
 
     def forward(self, x):
         return self.norm(x + self.down(torch.nn.functional.gelu(self.up(x))))
@@ -30,7 +30,7 @@ def test_compile_fullgraph(model, backend):
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend=backend)
     with torch.no_grad():
         for rows in (1, 5, 9):
-            x = torch.randn(rows, 48)
+            x = torch.randn(rows, 128)
             expected = model(x)
             # inductor's own GELU and LayerNorm differ in the last bit, which moves a code on a rounding boundary by one
             assert (compiled(x) - expected).norm() <= 2e-3 * expected.norm()
@@ -38,7 +38,7 @@ def test_compile_fullgraph(model, backend):
 
 def test_compile_with_gradients(model):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 48, requires_grad=True)
+    x = torch.randn(4, 128, requires_grad=True)
     compiled(x).sum().backward()
     got, x.grad = x.grad, None
     model(x).sum().backward()
@@ -47,12 +47,12 @@ def test_compile_with_gradients(model):
 
 def test_export_with_a_dynamic_batch(model, tmp_path):
     with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(3, 48),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(model, (torch.randn(3, 128),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     names = [str(node.target) for node in program.graph.nodes]
     assert names.count("ocsquant.quantized_linear.default") == 4
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
-    x = torch.randn(7, 48)
+    x = torch.randn(7, 128)
     torch.testing.assert_close(loaded(x), model(x))
 
 
@@ -70,7 +70,7 @@ def test_fake_quantize_split_compiles_with_its_backward():
 
 
 def test_autocast_and_inference_mode(model):
-    x = torch.randn(4, 48)
+    x = torch.randn(4, 128)
     with torch.inference_mode():
         expected = model(x)
     with torch.autocast("cpu", torch.bfloat16):

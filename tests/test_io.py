@@ -17,13 +17,13 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(40, 48)
-        self.first = nn.Linear(48, 64)
-        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
-        self.encoder = nn.TransformerEncoderLayer(64, 4, 80, batch_first=True)
-        self.norm = nn.BatchNorm1d(64)
-        self.last = nn.Linear(64, 48, bias=False)
-        self.head = nn.Linear(48, 40, bias=False)
+        self.embed = nn.Embedding(40, 128)
+        self.first = nn.Linear(128, 128)
+        self.attention = nn.MultiheadAttention(128, 4, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(128, 4, 96, batch_first=True)
+        self.norm = nn.BatchNorm1d(128)
+        self.last = nn.Linear(128, 128, bias=False)
+        self.head = nn.Linear(128, 40, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, ids):
@@ -74,9 +74,9 @@ def test_into_an_already_quantized_model_and_a_root_linear(tmp_path, saved):
     other = ocsquant.quantize(Model().eval(), ocsquant.Recipe(ocsquant.Weights(bits=6)), overrides={"last": "W8A8"})
     ocsquant.load(other, path)
     assert state_bytes(other) == state_bytes(model)
-    linear = ocsquant.quantize(nn.Linear(64, 64))
+    linear = ocsquant.quantize(nn.Linear(128, 128))
     ocsquant.save(linear, tmp_path / "linear.safetensors")
-    root = nn.Linear(64, 64)
+    root = nn.Linear(128, 128)
     ocsquant.load(root, tmp_path / "linear.safetensors")
     assert torch.equal(root.packed, linear.packed)
 
@@ -188,8 +188,8 @@ def test_saving_over_a_file_keeps_the_old_one_if_it_fails(saved, monkeypatch):
 
 def test_what_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ocsquant.ArgumentError, match="quantized layers"):
-        ocsquant.save(nn.Linear(40, 40), tmp_path / "x")
-    simulated = ocsquant.quantize(nn.Linear(64, 64), simulate=True)
+        ocsquant.save(nn.Linear(140, 40), tmp_path / "x")
+    simulated = ocsquant.quantize(nn.Linear(128, 128), simulate=True)
     with pytest.raises(ocsquant.UnsupportedModuleError, match="simulated"):
         ocsquant.save(simulated, tmp_path / "x")
 

@@ -13,7 +13,7 @@ from ocsquant.nn import QuantizedLinear
 
 
 def mlp(**kwargs) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(48, 64, **kwargs), nn.GELU(), nn.Linear(64, 32, **kwargs))
+    return nn.Sequential(nn.Linear(128, 64, **kwargs), nn.GELU(), nn.Linear(64, 128, **kwargs))
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
@@ -26,7 +26,7 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.03) ->
 
 def test_default_is_in_place_and_close():
     model = mlp()
-    x = torch.randn(7, 48)
+    x = torch.randn(7, 128)
     expected = model(x)
     assert ocsquant.quantize(model) is model
     assert all(isinstance(model[i], QuantizedLinear) for i in (0, 2))
@@ -34,8 +34,8 @@ def test_default_is_in_place_and_close():
 
 
 def test_a_root_linear_changes_under_the_callers_reference():
-    model = nn.Linear(40, 20)
-    x = torch.randn(3, 40)
+    model = nn.Linear(140, 20)
+    x = torch.randn(3, 140)
     expected = model(x)
     alias = model
     ocsquant.quantize(model)
@@ -46,7 +46,7 @@ def test_a_root_linear_changes_under_the_callers_reference():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype):
     model = mlp().to(dtype)
-    x = torch.randn(5, 48, dtype=dtype)
+    x = torch.randn(5, 128, dtype=dtype)
     expected = model(x)
     ocsquant.quantize(model)
     y = model(x)
@@ -74,7 +74,7 @@ def test_conversions_never_touch_scales():
 
 
 def test_module_used_twice_is_replaced_in_both_places():
-    shared = nn.Linear(48, 48)
+    shared = nn.Linear(128, 128)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
     ocsquant.quantize(model)
     assert isinstance(model["a"], QuantizedLinear)
@@ -82,7 +82,7 @@ def test_module_used_twice_is_replaced_in_both_places():
 
 
 def test_linears_that_share_a_weight_share_its_packed_form():
-    model = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
     model[1].weight = model[0].weight
     ocsquant.quantize(model)
     assert model[0].packed is model[1].packed
@@ -91,7 +91,7 @@ def test_linears_that_share_a_weight_share_its_packed_form():
 
 def test_a_head_tied_to_an_embedding_stays_float_by_name():
     model = nn.ModuleDict(
-        {"embed": nn.Embedding(100, 48), "body": nn.Linear(48, 48), "head": nn.Linear(48, 100, bias=False)}
+        {"embed": nn.Embedding(100, 128), "body": nn.Linear(128, 128), "head": nn.Linear(128, 100, bias=False)}
     )
     model["head"].weight = model["embed"].weight
     ocsquant.quantize(model)
@@ -105,10 +105,10 @@ def test_hooks_move_with_the_layer_and_their_handles_work():
     handle = model[0].register_forward_hook(lambda *_: calls.append("forward"))
     model[0].register_forward_pre_hook(lambda *_: calls.append("pre"))
     ocsquant.quantize(model)
-    model(torch.randn(1, 48))
+    model(torch.randn(1, 128))
     assert calls == ["pre", "forward"]
     handle.remove()
-    model(torch.randn(1, 48))
+    model(torch.randn(1, 128))
     assert calls == ["pre", "forward", "pre"]
 
 
@@ -129,7 +129,7 @@ def test_a_subclass_with_its_own_forward_stays_float_by_name():
         def forward(self, x):
             return super().forward(x) * 2
 
-    model = nn.Sequential(Doubled(48, 48), nn.Linear(48, 48))
+    model = nn.Sequential(Doubled(128, 128), nn.Linear(128, 128))
     ocsquant.quantize(model)
     assert "forward of its own" in reasons(model)["0"]
 
@@ -138,7 +138,7 @@ def test_quantized_twice():
     model = ocsquant.quantize(mlp())
     with pytest.raises(ocsquant.NothingToQuantizeError, match="already quantized"):
         ocsquant.quantize(model)
-    bigger = nn.Sequential(model, nn.Linear(32, 32))
+    bigger = nn.Sequential(model, nn.Linear(128, 32))
     ocsquant.quantize(bigger)
     assert reasons(bigger)["0.0"] == "already quantized"
 
@@ -152,18 +152,18 @@ def test_training_mode_and_frozen_parameters():
 
 
 def test_gradients_flow_through_to_adapters():
-    model = nn.Sequential(nn.Linear(48, 48), nn.Linear(48, 48))
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
     float_model = copy.deepcopy(model)
     ocsquant.quantize(model, ignore=["0"])
     float_model[1].weight.data = model[1].weight.clone()
-    x, g = torch.randn(4, 48), torch.randn(4, 48)
+    x, g = torch.randn(4, 128), torch.randn(4, 128)
     model(x).backward(g)
     float_model(x).backward(g)
     torch.testing.assert_close(model[0].weight.grad, float_model[0].weight.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_small_layers_stay_float_unless_named():
-    model = nn.Sequential(nn.Linear(48, 64), nn.Linear(64, 8), nn.Linear(8, 40))
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 8), nn.Linear(8, 140))
     ocsquant.quantize(model, overrides={"1": "W8A8"})
     assert isinstance(model[1], QuantizedLinear)
     assert "too small" in reasons(model)["2"]
@@ -176,7 +176,7 @@ def test_layers_without_an_integer_kernel_stay_float_with_the_reason():
             "r": nn.LSTM(8, 16),
             "g": nn.GRU(8, 16),
             "e": nn.Embedding(9, 8),
-            "l": nn.Linear(48, 48),
+            "l": nn.Linear(128, 128),
         }
     )
     ocsquant.quantize(model)
@@ -232,7 +232,7 @@ def test_recipe_carries_ignore_and_overrides_and_the_call_wins():
 def test_every_width_runs_on_the_integer_kernel_and_equals_its_simulation(bits, split):
     model = mlp()
     model[0].weight.data[:, 5] *= 12
-    x = torch.randn(20, 48)
+    x = torch.randn(20, 128)
     recipe = ocsquant.Recipe(ocsquant.Weights(bits=bits, split=split))
     real = ocsquant.quantize(copy.deepcopy(model), recipe)
     simulated = ocsquant.quantize(copy.deepcopy(model), recipe, simulate=True)
@@ -298,7 +298,7 @@ def test_batchnorm_folding():
 
 
 def test_state_dict_deepcopy_pickle_and_weights_only():
-    model, x = ocsquant.quantize(mlp()), torch.randn(3, 48)
+    model, x = ocsquant.quantize(mlp()), torch.randn(3, 128)
     expected = model(x)
     assert torch.equal(copy.deepcopy(model)(x), expected)
     assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
@@ -311,7 +311,7 @@ def test_state_dict_deepcopy_pickle_and_weights_only():
 
 
 def test_readable_weight_and_codes():
-    model = nn.Linear(40, 20)
+    model = nn.Linear(140, 20)
     w = model.weight.detach().clone()
     ocsquant.quantize(model, ocsquant.Recipe(ocsquant.Weights(split=ocsquant.OCS(0.1))))
     assert close(model.weight, w, 0.01)

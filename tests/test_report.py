@@ -27,7 +27,7 @@ def test_every_layer_with_weights_is_listed_with_figures_or_a_reason():
 
 
 def test_prints_a_table_and_exports_json():
-    model = ocsquant.quantize(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)))
+    model = ocsquant.quantize(nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 2)))
     text = str(ocsquant.report(model))
     assert "quantized_linear" in text
     assert "too small" in text
@@ -38,7 +38,7 @@ def test_prints_a_table_and_exports_json():
 
 
 def test_of_a_part_and_of_a_float_model():
-    model = ocsquant.quantize(nn.Sequential(nn.Sequential(nn.Linear(64, 64))))
+    model = ocsquant.quantize(nn.Sequential(nn.Sequential(nn.Linear(128, 128))))
     assert ocsquant.report(model[0]).layers[0].path == "0"
     with pytest.raises(ocsquant.ArgumentError, match="model"):
         ocsquant.report(nn.Linear(3, 3))
@@ -64,13 +64,13 @@ def test_equivalence_of_a_split_network():
 
 
 def test_equivalence_names_what_does_not_correspond():
-    model = nn.Sequential(nn.Linear(40, 40))
+    model = nn.Sequential(nn.Linear(140, 40))
     with pytest.raises(ocsquant.ArgumentError, match="model"):
-        ocsquant.verify_equivalence(model, model, torch.randn(1, 40))
+        ocsquant.verify_equivalence(model, model, torch.randn(1, 140))
     recipe = ocsquant.Recipe(ocsquant.Weights(bits=None, split=ocsquant.OCS(0.1)), None)
-    split = ocsquant.quantize(nn.Sequential(nn.Linear(40, 40)), recipe)
+    split = ocsquant.quantize(nn.Sequential(nn.Linear(140, 40)), recipe)
     with pytest.raises(ocsquant.SchemaMismatchError, match="no module '0'"):
-        ocsquant.verify_equivalence(split, nn.Linear(40, 40), torch.randn(1, 40))
+        ocsquant.verify_equivalence(split, nn.Linear(140, 40), torch.randn(1, 140))
 
 
 @pytest.mark.parametrize("shares", ["equal", "halving"])

@@ -56,23 +56,23 @@ struct Tile {
   }
 
   template <int R>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first,
-                                             int64_t ahead, int32_t* sums) {
+  static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
     __m512i c[R][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        c[i][v] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + i * kPanel + 16 * v);
+        c[i][v] = block.first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + i * kPanel + 16 * v);
       }
     }
-    for (int64_t g = 0; g < groups; ++g, b += kGroupBytes, a += R * kGroup) {
+    const int8_t* b = block.weights;
+    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
       __m512i w[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         w[v] = _mm512_loadu_si512(b + 64 * v);
         // Few rows read the weights at memory speed, wherever the block ends.
-        const int64_t distance = R <= 4 ? kPrefetch : ahead;
+        const int64_t distance = R <= 4 ? kPrefetch : block.ahead;
         _mm_prefetch(reinterpret_cast<const char*>(b + 64 * v + distance), R <= 4 ? _MM_HINT_T0 : _MM_HINT_T1);
       }
 #pragma GCC unroll 8
@@ -91,21 +91,20 @@ struct Tile {
     }
   }
 
-  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
-                       int32_t* sums) {
+  static void multiply(int count, const Code* a, const Block& block, int32_t* sums) {
     switch (count) {
       case 1:
-        return rows<1>(a, b, groups, first, ahead, sums);
+        return rows<1>(a, block, sums);
       case 2:
-        return rows<2>(a, b, groups, first, ahead, sums);
+        return rows<2>(a, block, sums);
       case 3:
-        return rows<3>(a, b, groups, first, ahead, sums);
+        return rows<3>(a, block, sums);
       case 4:
-        return rows<4>(a, b, groups, first, ahead, sums);
+        return rows<4>(a, block, sums);
       case 5:
-        return rows<5>(a, b, groups, first, ahead, sums);
+        return rows<5>(a, block, sums);
       default:
-        return rows<6>(a, b, groups, first, ahead, sums);
+        return rows<6>(a, block, sums);
     }
   }
 

@@ -3,13 +3,21 @@
 //   Code           what one activation code is stored as
 //   kRows          rows of a tile; kUnsigned: codes are stored + 128, and 128 * column sum is taken off again
 //   place(codes, rows, depth, out, rests, counts, capacity)   row-major int16 codes to [depth/4][rows][4] Code
-//   multiply(rows, a, b, groups, first, ahead, sums)           sums[row][64] (+)= a * b over `groups` groups, fetching
-//                                                              the weights `ahead` bytes further on into the cache
+//   multiply(rows, a, block, sums)   sums[row][64] (+)= a * block for the columns below block.width
 //   add_rest(rest, group, sums)                                sums[64] += rest.value * (column rest.k of the panel)
 #pragma once
 
 namespace ocsquant {
 namespace {
+
+// A run of groups of one panel.
+struct Block {
+  const int8_t* weights;
+  int64_t groups;
+  int64_t width;  // columns that exist
+  int64_t ahead;  // bytes to the weights that will be needed next, to be fetched into the cache; 0: none
+  bool first;     // start the sums instead of adding to them
+};
 
 template <class Tile>
 void quantize(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
@@ -68,7 +76,7 @@ struct Epilogue {
   template <bool kUnsigned>
   OCSQ_INLINE void columns(const int32_t* sums, float step, float* y) const {
     const Simd::F t = Simd::set1(step);
-    for (int64_t j = 0; j < kPanel; j += Simd::W) {
+    for (int64_t j = 0; j < width; j += Simd::W) {
       Simd::I sum = Simd::load_i(sums + j);
       if constexpr (kUnsigned) sum = Simd::sub_i(sum, Simd::shift_left_7(Simd::load_i(column_sum + j)));
       Simd::F v = Simd::mul(Simd::to_float(sum), Simd::mul(t, Simd::load(scale + j)));
@@ -128,7 +136,7 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
       const typename Tile::Code* tile = codes + m * depth + g * kGroup * rows;
       const int64_t ahead = m == first ? length * kGroupBytes : 0;
-      Tile::multiply(rows, tile, b, length, g == 0, ahead, sums);
+      Tile::multiply(rows, tile, Block{b, length, epilogue.width, ahead, g == 0}, sums);
       if (g + length == groups) finish<Tile>(a, w, epilogue, base, m, rows, sums, y, dtype, panel);
       if (blocks > 1) sums += Tile::kRows * kPanel;
     }

@@ -29,12 +29,13 @@ struct Tile {
     for (int i = 0; i < rows; ++i) counts[i] = 0;
   }
 
-  static void multiply(int rows, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t, int32_t* sums) {
-    if (first) std::memset(sums, 0, rows * kPanel * sizeof(int32_t));
-    for (int64_t g = 0; g < groups; ++g, b += kGroupBytes) {
+  static void multiply(int rows, const Code* a, const Block& block, int32_t* sums) {
+    if (block.first) std::memset(sums, 0, rows * kPanel * sizeof(int32_t));
+    const int8_t* b = block.weights;
+    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes) {
       for (int i = 0; i < rows; ++i, a += kGroup) {
         int32_t* s = sums + i * kPanel;
-        for (int j = 0; j < kPanel; ++j) {
+        for (int64_t j = 0; j < block.width; ++j) {
           const int8_t* c = b + j * kGroup;
           s[j] += a[0] * c[0] + a[1] * c[1] + a[2] * c[2] + a[3] * c[3];
         }

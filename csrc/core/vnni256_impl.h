@@ -45,20 +45,19 @@ struct Tile {
 
   // R rows x 8 V columns.
   template <int R, int V>
-  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
-                                int32_t* sums) {
+  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, const Block& block, int32_t* sums) {
     __m256i c[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        c[i][v] = first ? _mm256_setzero_si256()
-                        : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i * kPanel + 8 * v));
+        c[i][v] = block.first ? _mm256_setzero_si256()
+                              : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i * kPanel + 8 * v));
       }
     }
-    for (int64_t g = 0; g < groups; ++g, b += kGroupBytes, a += R * kGroup) {
+    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
       __m256i w[V];
-      for (int v = 0; v < V; v += 2) _mm_prefetch(reinterpret_cast<const char*>(b + ahead + 32 * v), _MM_HINT_T1);
+      for (int v = 0; v < V; v += 2) _mm_prefetch(reinterpret_cast<const char*>(b + block.ahead + 32 * v), _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * v));
 #pragma GCC unroll 8
@@ -80,26 +79,26 @@ struct Tile {
   }
 
   template <int R, int V>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const int8_t* b, int64_t groups, bool first,
-                                             int64_t ahead, int32_t* sums) {
-    for (int64_t j = 0; j < kPanel; j += 8 * V) strip<R, V>(a, b + j * kGroup, groups, first, ahead, sums + j);
+  static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
+    for (int64_t j = 0; j < block.width; j += 8 * V) {
+      strip<R, V>(a, block.weights + j * kGroup, block, sums + j);
+    }
   }
 
-  static void multiply(int count, const Code* a, const int8_t* b, int64_t groups, bool first, int64_t ahead,
-                       int32_t* sums) {
+  static void multiply(int count, const Code* a, const Block& block, int32_t* sums) {
     switch (count) {
       case 1:
-        return rows<1, 8>(a, b, groups, first, ahead, sums);
+        return rows<1, 8>(a, block, sums);
       case 2:
-        return rows<2, 4>(a, b, groups, first, ahead, sums);
+        return rows<2, 4>(a, block, sums);
       case 3:
-        return rows<3, 4>(a, b, groups, first, ahead, sums);
+        return rows<3, 4>(a, block, sums);
       case 4:
-        return rows<4, 2>(a, b, groups, first, ahead, sums);
+        return rows<4, 2>(a, block, sums);
       case 5:
-        return rows<5, 2>(a, b, groups, first, ahead, sums);
+        return rows<5, 2>(a, block, sums);
       default:
-        return rows<6, 2>(a, b, groups, first, ahead, sums);
+        return rows<6, 2>(a, block, sums);
     }
   }
 

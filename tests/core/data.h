@@ -72,9 +72,20 @@ inline void fill_token(Random& r, int fill, const ocsquant::TokenQuantizer& how,
       somewhere() = size * r.sign() * 1e6f;
       break;
     case kTiny: {
-      const int exponents[] = {-149, -128, -113, -60, -50};
-      const float unit = std::ldexp(1.0f, exponents[r.below(5)]);
-      for (int64_t j = 0; j < k; ++j) x[j] = unit * 4.0f * r.gauss();
+      const int64_t kind = r.below(4);
+      const float near = 0.8f + 0.4f * r.uniform();
+      if (kind == 0) {  // a step about 2^-120
+        const float top = near * std::ldexp(limit, -120);
+        for (int64_t j = 0; j < k; ++j) x[j] = top * (2.0f * r.uniform() - 1.0f);
+        somewhere() = r.sign() * top;
+      } else if (kind == 1) {  // squares about 2^-100, with an outlier
+        const float one = near * std::ldexp(1.0f, -50) / std::sqrt(static_cast<float>(k) + 63.0f);
+        for (int64_t j = 0; j < k; ++j) x[j] = r.sign() * one;
+        somewhere() = r.sign() * one * 8.0f;
+      } else {
+        const float unit = std::ldexp(1.0f, kind == 2 ? -149 : -128);
+        for (int64_t j = 0; j < k; ++j) x[j] = unit * 4.0f * r.gauss();
+      }
       break;
     }
     case kCrowd: {
