@@ -42,7 +42,7 @@ class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv1d(6, 6, 3, padding=1)
-        self.first = nn.Linear(48, 48)
+        self.first = nn.Linear(128, 128)
         self.second = self.first
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class SharedWeight(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = nn.Linear(48, 32), nn.Linear(48, 32)
+        self.left, self.right = nn.Linear(128, 32), nn.Linear(128, 32)
         self.right.weight = self.left.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,9 +66,9 @@ class TiedHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(40, 48)
-        self.body = nn.Linear(48, 48)
-        self.head = nn.Linear(48, 40, bias=False)
+        self.embedding = nn.Embedding(40, 128)
+        self.body = nn.Linear(128, 128)
+        self.head = nn.Linear(128, 40, bias=False)
         self.head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -87,11 +87,11 @@ class Recurrent(nn.Module):
 
 
 def mlp() -> nn.Module:
-    return nn.Sequential(nn.Linear(48, 64), nn.GELU(), nn.Linear(64, 32))
+    return nn.Sequential(nn.Linear(128, 64), nn.GELU(), nn.Linear(64, 128))
 
 
 def encoder() -> nn.Module:
-    layer = nn.TransformerEncoderLayer(32, 2, 48, batch_first=True)
+    layer = nn.TransformerEncoderLayer(128, 2, 128, batch_first=True)
     return nn.TransformerEncoder(layer, 1).eval()
 
 
@@ -115,7 +115,7 @@ def hooked_half() -> nn.Module:
 
 
 def parametrized() -> nn.Module:
-    return nn.Sequential(nn.Linear(48, 48), parametrizations.weight_norm(nn.Linear(48, 48)), nn.Linear(48, 32))
+    return nn.Sequential(nn.Linear(128, 128), parametrizations.weight_norm(nn.Linear(128, 128)), nn.Linear(128, 32))
 
 
 def tokens(limit: int) -> Callable[[], Tensor]:
@@ -131,19 +131,19 @@ def split_recipe(bits: int | None = 8, **split: Any) -> Recipe:
 
 
 NETWORKS = {
-    "root linear": Network(lambda: nn.Linear(48, 32), values(3, 48)),
-    "mlp": Network(mlp, values(3, 48), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.05)), PerToken(8, 4))}),
+    "root linear": Network(lambda: nn.Linear(128, 32), values(3, 128)),
+    "mlp": Network(mlp, values(3, 128), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.05)), PerToken(8, 4))}),
     "used twice": Network(
-        Twice, values(2, 6, 48), {"recipe": split_recipe(None, expand_ratio=0.1, shares="halving")}, 1e-5
+        Twice, values(2, 6, 128), {"recipe": split_recipe(None, expand_ratio=0.1, shares="halving")}, 1e-5
     ),
     "shared weight": Network(
-        SharedWeight, values(3, 48), {"recipe": split_recipe(expand_ratio=0.04, select="gain"), "progress": False}
+        SharedWeight, values(3, 128), {"recipe": split_recipe(expand_ratio=0.04, select="gain"), "progress": False}
     ),
     "tied head": Network(TiedHead, tokens(40), {"overrides": {"re:b.*": "W8A8"}}),
     "root attention": Network(
-        lambda: nn.MultiheadAttention(32, 2, batch_first=True).eval(), lambda: (torch.randn(2, 5, 32),) * 3
+        lambda: nn.MultiheadAttention(128, 2, batch_first=True).eval(), lambda: (torch.randn(2, 5, 128),) * 3
     ),
-    "encoder": Network(encoder, values(2, 5, 32)),
+    "encoder": Network(encoder, values(2, 5, 128)),
     "recurrent": Network(Recurrent, tokens(20), {"recipe": "W4A8", "simulate": True}, 0.25),
     "convolutional": Network(
         convolutional,
@@ -152,11 +152,11 @@ NETWORKS = {
     ),
     "bfloat16": Network(
         lambda: mlp().bfloat16(),
-        values(3, 48, dtype=torch.bfloat16),
+        values(3, 128, dtype=torch.bfloat16),
         {"recipe": split_recipe(max_overhead=0.05), "filter_fn": lambda module, path: path != "1"},
     ),
-    "hooked half": Network(hooked_half, values(3, 48, dtype=torch.float16)),
-    "parametrized": Network(parametrized, values(3, 48), {"ignore": ["2"]}),
+    "hooked half": Network(hooked_half, values(3, 128, dtype=torch.float16)),
+    "parametrized": Network(parametrized, values(3, 128), {"ignore": ["2"]}),
 }
 
 
