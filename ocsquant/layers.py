@@ -16,6 +16,8 @@ from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, qu
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU)
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+KINDS = {"linear": (nn.Linear,), "conv": CONVOLUTIONS, "recurrent": RECURRENT, "embedding": EMBEDDINGS}
 UNLIMITED = 2**15  # copies written out in float need no tail
 
 
@@ -39,18 +41,10 @@ def kind_of(module: nn.Module) -> str | None:
 
     A subclass counts as its base only while it keeps the base's forward.
     """
-    for kind, bases in (
-        ("linear", (nn.Linear,)),
-        ("conv", CONVOLUTIONS),
-        ("recurrent", RECURRENT),
-        ("embedding", EMBEDDINGS),
-    ):
+    for kind, bases in KINDS.items():
         if any(isinstance(module, base) and type(module).forward is base.forward for base in bases):
             return kind
     return None
-
-
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
 def weight_names(module: nn.Module) -> list[str]:

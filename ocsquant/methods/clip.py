@@ -109,8 +109,7 @@ def _kl_of_block(value: Tensor, bits: int) -> Tensor:
         cells = torch.zeros(levels, dtype=torch.float64).index_add_(0, level, filled)
         quantized = filled * (mass / cells.clamp(min=1))[level]
         p, q = reference / reference.sum(), quantized / quantized.sum().clamp(min=1e-30)
-        # Jensen-Shannon style smoothing keeps empty cells of q finite.
-        used = p > 0
+        used = p > 0  # a cell that q leaves empty and p does not would be infinitely far: it counts as 1e-12
         divergence = float((p[used] * (p[used] / q[used].clamp(min=1e-12)).log()).sum())
         if divergence < best:
             best, threshold = divergence, float(top) * bins / KL_BINS
