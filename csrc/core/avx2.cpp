@@ -23,12 +23,13 @@ OCSQ_TARGET_BEGIN("avx2")
 #include "rowwise_impl.h"
 //
 #include "linear_impl.h"
+#include "strips.h"
 #include "tile_int16.h"
 
 namespace ocsquant {
 namespace {
 
-struct Tile {
+struct Tile : Strips<Tile, int16_t, 4> {
   using Code = int16_t;
   static constexpr int kRows = 6;
   static constexpr bool kUnsigned = false;
@@ -82,30 +83,6 @@ struct Tile {
         if (!block.first) s = _mm256_add_epi32(s, _mm256_loadu_si256(at));
         _mm256_storeu_si256(at, s);
       }
-    }
-  }
-
-  template <int R, int V>
-  static __attribute__((noinline)) void rows(const int16_t* a, const Block& block, int32_t* sums) {
-    for (int64_t j = 0; j < block.width; j += 4 * V) {
-      strip<R, V>(a, block.weights + j * kGroup, block, sums + j);
-    }
-  }
-
-  static void multiply(int count, const Code* a, const Block& block, int32_t* sums) {
-    switch (count) {
-      case 1:
-        return rows<1, 8>(a, block, sums);
-      case 2:
-        return rows<2, 4>(a, block, sums);
-      case 3:
-        return rows<3, 4>(a, block, sums);
-      case 4:
-        return rows<4, 2>(a, block, sums);
-      case 5:
-        return rows<5, 2>(a, block, sums);
-      default:
-        return rows<6, 2>(a, block, sums);
     }
   }
 };

@@ -27,12 +27,13 @@ struct Narrow {
 }  // namespace
 }  // namespace ocsquant
 
+#include "strips.h"
 #include "tile_vnni.h"
 
 namespace ocsquant {
 namespace {
 
-struct Tile {
+struct Tile : Strips<Tile, uint8_t, 8> {
   using Code = uint8_t;
   static constexpr int kRows = 6;
   static constexpr bool kUnsigned = true;
@@ -75,30 +76,6 @@ struct Tile {
       for (int v = 0; v < V; ++v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + i * kPanel + 8 * v), c[i][v]);
       }
-    }
-  }
-
-  template <int R, int V>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
-    for (int64_t j = 0; j < block.width; j += 8 * V) {
-      strip<R, V>(a, block.weights + j * kGroup, block, sums + j);
-    }
-  }
-
-  static void multiply(int count, const Code* a, const Block& block, int32_t* sums) {
-    switch (count) {
-      case 1:
-        return rows<1, 8>(a, block, sums);
-      case 2:
-        return rows<2, 4>(a, block, sums);
-      case 3:
-        return rows<3, 4>(a, block, sums);
-      case 4:
-        return rows<4, 2>(a, block, sums);
-      case 5:
-        return rows<5, 2>(a, block, sums);
-      default:
-        return rows<6, 2>(a, block, sums);
     }
   }
 
