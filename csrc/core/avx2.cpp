@@ -51,18 +51,19 @@ struct Tile : Strips<Tile, int16_t, 4> {
 
   // R rows x 4 V columns.
   template <int R, int V>
-  static OCSQ_INLINE void strip(const int16_t* a, const int8_t* b, const Block& block, int32_t* sums) {
+  static OCSQ_INLINE void strip(const int16_t* a, const int8_t* b, const int8_t* next, const Block& block,
+                                int32_t* sums) {
     __m256i c[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) c[i][v] = _mm256_setzero_si256();
     }
-    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
+    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 16 * V, a += R * kGroup) {
       __m256i w[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        if (v % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(b + block.ahead + 16 * v), _MM_HINT_T1);
+        if (v % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(next + 16 * v), _MM_HINT_T1);
         w[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16 * v)));
       }
 #pragma GCC unroll 8

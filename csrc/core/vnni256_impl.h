@@ -46,7 +46,8 @@ struct Tile : Strips<Tile, uint8_t, 8> {
 
   // R rows x 8 V columns.
   template <int R, int V>
-  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, const Block& block, int32_t* sums) {
+  static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, const int8_t* next, const Block& block,
+                                int32_t* sums) {
     __m256i c[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -56,9 +57,9 @@ struct Tile : Strips<Tile, uint8_t, 8> {
                               : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i * kPanel + 8 * v));
       }
     }
-    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
+    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 32 * V, a += R * kGroup) {
       __m256i w[V];
-      for (int v = 0; v < V; v += 2) _mm_prefetch(reinterpret_cast<const char*>(b + block.ahead + 32 * v), _MM_HINT_T1);
+      for (int v = 0; v < V; v += 2) _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * v));
 #pragma GCC unroll 8

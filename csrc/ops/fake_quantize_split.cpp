@@ -33,6 +33,7 @@ Rows check_rows(const char* op, const Tensor& x, const Tensor& scale, const Tens
   int64_t positions = 1;
   for (int64_t d = 2; d < x.dim(); ++d) positions *= x.size(d);
   rows.k = x.size(1) * positions;
+  if (x.numel() == 0) return rows;
   rows.limit.resize(rows.k);
   const Tensor counts = dense(splits);
   const int32_t* count = counts.const_data_ptr<int32_t>();

@@ -29,7 +29,8 @@ Tensor pack_weight(const Tensor& codes, const std::optional<Tensor>& tail) {
 
 std::tuple<Tensor, Tensor> unpack_weight(const Tensor& packed, int64_t n, int64_t k, int64_t e) {
   check_tensor("unpack_weight", "packed", packed, ScalarType::Char, 4);
-  OCSQ_CHECK(n >= 0 && k >= 0 && e >= 0 && k + e <= kMaxDepth && n <= packed.size(0) * kPanel,
+  OCSQ_CHECK(n >= 0 && k >= 0 && e >= 0 && k <= kMaxDepth && e <= kMaxDepth && k + e <= kMaxDepth &&
+                 n <= packed.size(0) * kPanel,
              "unpack_weight: n, k and e must be sizes that packed can hold, got ", n, ", ", k, ", ", e);
   OCSQ_CHECK(packed.size(0) == (n + kPanel - 1) / kPanel && packed.size(1) == groups_of(k) + groups_of(e) + 1 &&
                  packed.size(2) == kPanel && packed.size(3) == kGroup,
