@@ -21,6 +21,7 @@ import argparse
 import copy
 import importlib.util
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -76,16 +77,22 @@ def perplexity(model: nn.Module, texts: list[Tensor]) -> float:
 
 
 @torch.inference_mode()
-def generate(model: Any, tokenizer: Any, count: int) -> tuple[str, float]:
-    """A greedy answer of at most `count` tokens, and tokens per second of CPU time."""
+def generate(models: dict[str, Any], tokenizer: Any, count: int, rounds: int) -> dict[str, tuple[str, float]]:
+    """Each model's greedy answer of at most `count` tokens, and tokens per second: the median over rounds in turn."""
     chat = [{"role": "user", "content": QUESTION}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    model.generate(**prompt, max_new_tokens=2, do_sample=False)  # warm up
-    begin = time.process_time()
-    output = model.generate(**prompt, max_new_tokens=count, do_sample=False)
-    seconds = time.process_time() - begin
-    new = output[0, prompt["input_ids"].shape[1] :]
-    return tokenizer.decode(new, skip_special_tokens=True).strip(), len(new) / seconds
+    answers: dict[str, str] = {}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            model.generate(**prompt, max_new_tokens=2, do_sample=False)  # warm up
+            begin = time.process_time()
+            output = model.generate(**prompt, max_new_tokens=count, do_sample=False)
+            seconds = time.process_time() - begin
+            new = output[0, prompt["input_ids"].shape[1] :]
+            rates[name].append(len(new) / seconds)
+            answers[name] = tokenizer.decode(new, skip_special_tokens=True).strip()
+    return {name: (answers[name], statistics.median(rates[name])) for name in models}
 
 
 def main() -> None:
@@ -112,17 +119,17 @@ def main() -> None:
     texts = windows(tokenizer, args.quick)
     print(f"perplexity on {len(texts)} windows of {WINDOW} tokens; tokens per second of CPU time on one thread")
     print(f"{'':21}{'perplexity':>11}{'over fp32':>11}{'tokens/s':>10}")
-    reference, answers = 0.0, {}
+    written = generate(models, tokenizer, 12 if args.quick else args.tokens, 1 if args.quick else 5)
+    reference = 0.0
     for name, network in models.items():
-        answers[name], rate = generate(network, tokenizer, 12 if args.quick else args.tokens)
         shown = f"{'-':>11}{'-':>11}"
         if texts:
             value = perplexity(network, texts)
             reference = reference or value
             shown = f"{value:11.3f}{100 * (value / reference - 1):+9.2f} %"
-        print(f"{name:21}{shown}{rate:10.1f}", flush=True)
+        print(f"{name:21}{shown}{written[name][1]:10.1f}", flush=True)
     print(f"\n{QUESTION}")
-    for name, answer in answers.items():
+    for name, (answer, _) in written.items():
         print(f"- {name}: {answer!r}")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
 from ocsquant.planning import Plan, Target
-from ocsquant.reporting import Layer
-from ocsquant.transaction import Change, become, inherit, replace_child, set_attribute, set_class
+from ocsquant.reporting import ATTRIBUTE, Layer, found
+from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
 
 Item = TypeVar("Item")
 Progress = Callable[[Iterable[Target]], Iterable[Target]]
@@ -41,7 +42,7 @@ def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> t
     shared: dict[int, QuantizedLinear] = {}
     for target in progress(plan.targets):
         new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
-        inherit(new, target.module)
+        inherit(new, target.source)
         if (
             simulate
             and target.kind == "linear"
@@ -49,31 +50,38 @@ def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> t
             and target.recipe.weights.bits is not None
         ):
             _hook_input(new, target)
-        changes += [replace_child(parent, name, new) for parent, name in target.places]
-        if not target.places:
-            changes.append(become(target.module, new))
+        changes.append(become(target.module, new))
         layers.append(layer)
     layers += _redirect(model, plan, changes)
-    layers += [Layer(path, kind, reason=reason) for path, kind, reason in plan.skipped]
+    layers += [_left(model, *entry) for entry in plan.skipped]
     return changes, layers
+
+
+def _left(model: nn.Module, path: str, kind: str, reason: str) -> Layer:
+    """The line of a module that is left alone; of one quantized earlier, what was recorded then."""
+    module = model.get_submodule(path)
+    if not isinstance(module, QuantizedLinear):
+        return Layer(path, kind, reason=reason)
+    earlier = {layer.path: layer for layer in model.__dict__.get(ATTRIBUTE) or ()}
+    return dataclasses.replace(earlier.get(path) or found(path, module), reason=reason)
 
 
 def _build_target(
     target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan], shared: dict[int, QuantizedLinear]
 ) -> tuple[nn.Module, Layer]:
-    module, recipe = target.module, target.recipe
+    module, recipe = target.source, target.recipe
     integer = not simulate and recipe.weights.bits is not None
     notes = []
-    found: list[tuple[Matrix, ocs.SplitPlan | None]] = []
+    parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
     for matrix in matrices(module, target.path):
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
         if target.kind == "embedding" and recipe.weights.split is not None:
             plan, notes = None, ["not split: an embedding has no input channels"]
-        found.append((matrix, plan))
+        parts.append((matrix, plan))
     if recipe.weights.bits is None:
-        return _build_split(target, *found[0])
-    quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in found]
-    layer = _describe(target, found, quantized)
+        return _build_split(target, *parts[0])
+    quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in parts]
+    layer = _describe(target, parts, quantized)
     if integer:
         assert isinstance(module, nn.Linear)
         new: nn.Module = _build_linear(module, quantized[0], recipe, shared)
@@ -81,7 +89,7 @@ def _build_target(
         layer.bytes_after = sum(b.numel() * b.element_size() for b in new.buffers())
         layer.split_channels = new.split_channels  # type: ignore[assignment]
     else:
-        new = _build_simulated(module, [matrix for matrix, _ in found], quantized)
+        new = _build_simulated(module, [matrix for matrix, _ in parts], quantized)
         layer.kernel = "simulated in float"
         if target.kind != "linear" and recipe.activations is not None:
             notes.append("activations stay float")
@@ -95,17 +103,13 @@ def _build_linear(
 ) -> QuantizedLinear:
     assert recipe.activations is not None
     if weight.scale.shape[0] != weight.codes.shape[0]:
-        weight = QuantizedWeight(weight.codes, weight.scale.expand(weight.codes.shape[0], 1), *_rest(weight))
+        weight = dataclasses.replace(weight, scale=weight.scale.expand(weight.codes.shape[0], 1))
     new = QuantizedLinear.from_weight(weight, module.bias, recipe.activations)
     # Two layers that share a weight go on sharing it.
     first = shared.setdefault(id(module.weight), new)
     if first is not new and torch.equal(first.packed, new.packed) and torch.equal(first.scale, new.scale):
         new.packed, new.scale, new.tail_index = first.packed, first.scale, first.tail_index
     return new
-
-
-def _rest(weight: QuantizedWeight) -> tuple[Any, ...]:
-    return weight.zero, weight.ranges, weight.bits, weight.group_size
 
 
 def _build_simulated(module: nn.Module, found: list[Matrix], quantized: list[QuantizedWeight]) -> nn.Module:
@@ -125,11 +129,12 @@ def _build_simulated(module: nn.Module, found: list[Matrix], quantized: list[Qua
 def _hook_input(new: nn.Module, target: Target) -> None:
     assert target.recipe.activations is not None
     new._forward_pre_hooks = OrderedDict(new._forward_pre_hooks)
-    new.register_forward_pre_hook(FakeQuantizeInput(target.recipe.activations))
+    new._forward_pre_hooks_with_kwargs = OrderedDict(new._forward_pre_hooks_with_kwargs)
+    new.register_forward_pre_hook(FakeQuantizeInput(target.recipe.activations), with_kwargs=True)
 
 
 def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> tuple[nn.Module, Layer]:
-    module = target.module
+    module = target.source
     plan = plan or ocs.SplitPlan(torch.ones(matrix.channels, dtype=torch.int32))
     weight: Tensor = module.weight.detach()  # type: ignore[operator]
     expanded, index = ocs.expand_weight(weight, plan)
@@ -149,7 +154,7 @@ def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> 
 def _describe(
     target: Target, found: list[tuple[Matrix, ocs.SplitPlan | None]], quantized: list[QuantizedWeight]
 ) -> Layer:
-    module, recipe = target.module, target.recipe
+    module, recipe = target.source, target.recipe
     layer = Layer(target.path, type(module).__name__, bits=recipe.weights.bits)
     layer.activation_bits = recipe.activations.bits if recipe.activations and target.kind == "linear" else None
     layer.bytes_before = sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
@@ -173,8 +178,7 @@ def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer
         if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in quantized:
             changes.append(set_class(module, QuantizedMultiheadAttention))
         elif isinstance(module, nn.TransformerEncoderLayer):
-            inside = (module.linear1, module.linear2, module.self_attn.out_proj)
-            if any(id(m) in quantized for m in inside) and module.__dict__.get("activation_relu_or_gelu"):
+            if any(id(m) in quantized for m in module.modules()) and module.__dict__.get("activation_relu_or_gelu"):
                 # The one condition of the fused path that belongs to the instance and to nothing else.
                 changes.append(set_attribute(module, "activation_relu_or_gelu", 0))
                 layers.append(
@@ -205,36 +209,38 @@ def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
 
 
 def _spend(members: list[Target], recipe: Recipe, overhead: float) -> Iterator[tuple[Target, Matrix, list[int]]]:
-    found = [(target, matrix) for target in members for matrix in matrices(target.module, target.path)]
-    chosen: list[list[int]] = [[] for _ in found]
+    parts = [(target, matrix) for target in members for matrix in matrices(target.source, target.path)]
+    chosen: list[list[int]] = [[] for _ in parts]
+    seen: list[set[int]] = [set() for _ in parts]
     orders = []
-    for _, matrix in found:
+    for _, matrix in parts:
         most = matrix.channels if overhead else 0
         orders.append(islice(splits_in_order(matrix, recipe.weights), most))
     bits = recipe.weights.bits or 32
-    left = overhead * sum(matrix.values.numel() * bits / 8 for _, matrix in found)
-    power = [max(float(matrix.values.square().sum()), 1e-30) for _, matrix in found]
+    left = overhead * sum(matrix.values.numel() * bits / 8 for _, matrix in parts)
+    power = [max(float(matrix.values.square().sum()), 1e-30) for _, matrix in parts]
     heap: list[tuple[float, int, int]] = []
 
     def offer(i: int) -> None:
         step = next(orders[i], None)
         if step is not None:
             channel, gain = step
-            heapq.heappush(heap, (-gain / power[i] / _cost(found[i][1], chosen[i], channel), i, channel))
+            heapq.heappush(heap, (-gain / power[i] / _cost(parts[i][1], seen[i], channel), i, channel))
 
-    for i in range(len(found)):
+    for i in range(len(parts)):
         offer(i)
     while heap:
         _, i, channel = heapq.heappop(heap)
-        cost = _cost(found[i][1], chosen[i], channel)
+        cost = _cost(parts[i][1], seen[i], channel)
         if cost <= left:
             chosen[i].append(channel)
+            seen[i].add(channel)
             left -= cost if cost > 1 else 0
             offer(i)
-    for (target, matrix), channels in zip(found, chosen, strict=True):
+    for (target, matrix), channels in zip(parts, chosen, strict=True):
         yield target, matrix, channels
 
 
-def _cost(matrix: Matrix, chosen: list[int], channel: int) -> float:
+def _cost(matrix: Matrix, seen: set[int], channel: int) -> float:
     """Bytes of one more copy: a tail column for the first, next to nothing for those that use the same column."""
-    return 1.0 if channel in chosen else matrix.values.shape[0] * matrix.positions + 4.0
+    return 1.0 if channel in seen else matrix.values.shape[0] * matrix.positions + 4.0

@@ -130,7 +130,11 @@ def _frozen_overrides(overrides: Any) -> dict[str, Recipe]:
     check_type("overrides", overrides, Mapping, "a mapping from patterns to recipes or scheme names")
     for pattern in overrides:
         check_type("overrides", pattern, str, "a mapping whose keys are patterns")
-    return {pattern: as_recipe(value, f"overrides[{pattern!r}]") for pattern, value in overrides.items()}
+    recipes = {pattern: as_recipe(value, f"overrides[{pattern!r}]") for pattern, value in overrides.items()}
+    for pattern, recipe in recipes.items():
+        if recipe.ignore or recipe.overrides:
+            raise ArgumentError(f"overrides[{pattern!r}]", "a recipe without ignore and overrides of its own", recipe)
+    return recipes
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
 
 
 def check_patterns(arg: str, patterns: Any) -> tuple[str, ...]:
-    if isinstance(patterns, str) or not isinstance(patterns, (list, tuple, set, frozenset)):
+    if isinstance(patterns, str) or not isinstance(patterns, (list, tuple)):
         raise ArgumentTypeError(arg, "a list of patterns", repr(patterns))
     for pattern in patterns:
         check_type(arg, pattern, str, "a list of patterns")

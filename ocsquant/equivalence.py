@@ -70,7 +70,7 @@ def verify_equivalence(model: nn.Module, reference: nn.Module, inputs: Any, tole
         for path, module in split.items():
             if path not in originals:
                 raise SchemaMismatchError(f"reference has no module '{path}'")
-            handles.append(module.register_forward_hook(_compare(path, originals[path], layers)))
+            handles.append(module.register_forward_hook(_compare(path, originals[path], layers), with_kwargs=True))
         with torch.no_grad():
             got, expected = _call(model, inputs), _call(reference, inputs)
     finally:
@@ -81,11 +81,12 @@ def verify_equivalence(model: nn.Module, reference: nn.Module, inputs: Any, tole
 
 
 def _compare(path: str, original: nn.Module, layers: dict[str, float]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        expected = original(args[0])
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        expected = original(x)
         if expected.shape != y.shape:
             raise SchemaMismatchError(f"'{path}' gives {tuple(y.shape)}, in the reference {tuple(expected.shape)}")
-        magnitude = _magnitude(original, args[0])
+        magnitude = _magnitude(original, x)
         difference = ((y - expected).abs() / magnitude.clamp(min=torch.finfo(torch.float32).tiny)).max()
         layers[path] = max(layers.get(path, 0.0), float(difference))
 

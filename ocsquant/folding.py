@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ocsquant.layers import CONVOLUTIONS
-from ocsquant.transaction import Change, inherit, replace_child
+from ocsquant.reporting import Layer
+from ocsquant.transaction import Change, become, hooked, inherit
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-def fold_batchnorms(model: nn.Module) -> tuple[list[Change], dict[int, nn.Module]]:
-    """Changes that replace each conv -> BN pair of an nn.Sequential, and the folded convolution of each original."""
+def fold_batchnorms(model: nn.Module) -> tuple[list[Change], dict[int, nn.Module], list[Layer]]:
+    """Changes that fold each conv -> BN pair of an nn.Sequential, the folded form of each convolution, report lines."""
     changes: list[Change] = []
     folded: dict[int, nn.Module] = {}
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for child in module._modules.values():
-            uses[id(child)] = uses.get(id(child), 0) + 1
-    for sequence in model.modules():
-        if not isinstance(sequence, nn.Sequential) or sequence.training:
+    layers: list[Layer] = []
+    uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for path, sequence in model.named_modules():
+        if not isinstance(sequence, nn.Sequential):
             continue
-        for (name, conv), (norm_name, norm) in pairwise(sequence._modules.items()):
+        for (_, conv), (name, norm) in pairwise(sequence._modules.items()):
             if type(conv) not in CONVOLUTIONS or type(norm) not in BATCH_NORMS or norm.running_var is None:
                 continue
-            if uses[id(conv)] > 1 or uses[id(norm)] > 1 or conv._forward_hooks or conv._forward_pre_hooks:
+            if (
+                conv.training
+                or norm.training
+                or uses[id(conv)] > 1
+                or uses[id(norm)] > 1
+                or hooked(conv)
+                or hooked(norm)
+            ):
                 continue
             new = inherit(fuse_conv_bn_eval(conv, norm), conv)  # type: ignore[type-var, arg-type]
             folded[id(conv)] = new
-            changes += [replace_child(sequence, name, new), replace_child(sequence, norm_name, nn.Identity())]
-    return changes, folded
+            changes += [become(conv, new), become(norm, inherit(nn.Identity(), norm))]
+            layers.append(
+                Layer(f"{path}.{name}".lstrip("."), type(norm).__name__, reason="folded into the convolution")
+            )
+    return changes, folded, layers

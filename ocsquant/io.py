@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from ocsquant.config import Activations, check_type
 from ocsquant.errors import (
     ArgumentError,
     CorruptCheckpointError,
+    Error,
     SchemaMismatchError,
     TruncatedCheckpointError,
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
-from ocsquant.transaction import Change, become, commit, inherit, replace_child, set_attribute, set_class
+from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
 
 VERSION = 1
 KEY = "ocsquant"
@@ -79,8 +80,15 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("path", path, (str, os.PathLike), "a path")
     tensors, record = _read(Path(path))
-    with torch.no_grad():
-        changes = _place(model, tensors, record)
+    try:
+        with torch.no_grad():
+            changes = _place(model, tensors, record)
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        if isinstance(error, Error):
+            raise
+        raise CorruptCheckpointError(
+            f"{path}: its '{KEY}' metadata is not what ocsquant.save writes: {error}"
+        ) from error
     commit(changes)
     return model
 
@@ -95,6 +103,9 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     seen: dict[Any, str] = {}
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES or tensor.is_meta:
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UnsupportedModuleError(name, f"an entry of the state_dict that cannot be saved ({kind})")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else name
         if key in seen:
             aliases[name] = seen[key]
@@ -115,28 +126,23 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        os.close(handle)
         save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        for name in (temporary, None):
-            if name is None:
-                os.replace(temporary, path)
-            descriptor = os.open(name or path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -145,7 +151,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise TruncatedCheckpointError(f"{path} is no complete safetensors file: {error}") from error
     if text is None:
@@ -168,9 +174,10 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise CorruptCheckpointError(f"{path}: tensor '{name}' has dtype {tensor.dtype}")
         if _sha256(tensor) != record["sha256"][name]:
             raise CorruptCheckpointError(f"{path}: tensor '{name}' does not match its checksum")
-    for name, source in record["aliases"].items():
-        if source not in tensors or name in tensors:
-            raise CorruptCheckpointError(f"{path}: '{name}' names a tensor '{source}' that is not there")
+    aliases = record["aliases"]
+    if not isinstance(aliases, dict) or any(s not in tensors or n in tensors for n, s in aliases.items()):
+        raise CorruptCheckpointError(f"{path}: its aliases name tensors that are not there")
+    for name, source in aliases.items():
         tensors[name] = tensors[source]
     return tensors, record
 
@@ -188,8 +195,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
         prefix = f"{path}." if path else ""
         new = _layer(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
         module = made.setdefault(id(old), inherit(new, old))
-        parent, _, name = path.rpartition(".")
-        changes.append(replace_child(modules[parent], name, module) if path else become(old, module))
+        changes.append(become(old, module))
     for name in record["attention"]:
         if not isinstance(modules.get(name), nn.MultiheadAttention):
             raise SchemaMismatchError(
@@ -231,6 +237,7 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
     need(packed.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (n,), "wrong dtype or shape")
     need(bool((scale.isfinite() & (scale > 0)).all()), "scales must be finite and positive")
     need(bias is None or (bias.dtype == torch.float32 and bias.shape == (n,)), "bias must be float32, one per output")
+    need(bias is None or bool(bias.isfinite().all()), "biases must be finite")
     e = 0
     if index is not None:
         e = index.numel()
@@ -250,6 +257,8 @@ def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]
     """Everything but the quantized layers: into the parameter or buffer of the same name."""
     changes: list[Change] = []
     fresh: dict[int, nn.Parameter] = {}
+    given: dict[int, Tensor] = {}  # what each tensor of the model gets
+    owner: dict[int, int] = {}  # and where each tensor of the file goes
     for path, module in model.named_modules(remove_duplicate=False):
         if path in quantized:
             continue
@@ -270,6 +279,12 @@ def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]
             if new.shape != old.shape or new.dtype != old.dtype:
                 got, expected = f"{new.dtype} {tuple(new.shape)}", f"{old.dtype} {tuple(old.shape)}"
                 raise SchemaMismatchError(f"'{full}' is {got} in the file, {expected} in the model")
+            if owner.setdefault(id(new), id(old)) != id(old):
+                new = new.clone()  # tied in the file, not in the model
+            if not torch.equal(given.setdefault(id(old), new), new):
+                raise SchemaMismatchError(
+                    f"'{full}' is tied to another tensor in the model, but differs from it in the file"
+                )
             changes.append(_set_tensor(module, name, old, new, fresh))
     if left:
         raise SchemaMismatchError(f"the file has tensors that the model has not: {', '.join(sorted(left)[:5])}")

@@ -54,13 +54,14 @@ def weight_names(module: nn.Module) -> list[str]:
 
 
 def matrices(module: nn.Module, path: str) -> Iterator[Matrix]:
-    """The weights of a module, checked to be finite."""
+    """The weights of a module; they and the biases are checked to be finite."""
+    for name, bias in module.named_parameters(recurse=False):
+        if "bias" in name:
+            _check_finite(bias.detach(), f"{path}.{name}")
     for name in weight_names(module):
         weight = getattr(module, name).detach()
         values = weight.float().reshape(weight.shape[0], -1)
-        bad = ~values.isfinite()
-        if bad.any():
-            raise NonFiniteError(f"{path}.{name}".lstrip("."), int(bad.sum()), int(bad.flatten().nonzero()[0]))
+        _check_finite(values, f"{path}.{name}")
         positions = weight[0, 0].numel() if weight.dim() > 2 else 1
         yield Matrix(name, weight.shape, values, weight.shape[1], positions)
 
@@ -68,6 +69,12 @@ def matrices(module: nn.Module, path: str) -> Iterator[Matrix]:
 def range_limit(weights: Weights) -> int:
     """No channel's range beyond what a base code and one int8 tail code hold, simulated or not."""
     return UNLIMITED if weights.bits is None else largest_range(weights.bits)
+
+
+def _check_finite(values: Tensor, where: str) -> None:
+    bad = ~values.isfinite()
+    if bad.any():
+        raise NonFiniteError(where.lstrip("."), int(bad.sum()), int(bad.flatten().nonzero()[0]))
 
 
 def splits_in_order(matrix: Matrix, weights: Weights) -> Iterator[tuple[int, float]]:

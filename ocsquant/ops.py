@@ -18,7 +18,7 @@ PANEL, GROUP = 64, 4  # output columns and input channels of one block of a pack
 
 def _load() -> None:
     library = Path(__file__).parent / "_C.so"
-    if hasattr(torch.ops.ocsquant, "cpu_isa"):
+    if hasattr(torch.ops.ocsquant, "cpu_isa") and str(library) not in torch.ops.loaded_libraries:
         raise BuildMismatchError(
             f"another copy of ocsquant's library is already in this process; not loading {library}"
         )

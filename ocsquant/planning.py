@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dis
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from torch.nn.parameter import is_lazy
 
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
-from ocsquant.layers import kind_of, weight_names
+from ocsquant.layers import KINDS, kind_of, weight_names
 from ocsquant.nn import QuantizedLinear, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 16, 64, 128, 96
+MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -34,13 +37,13 @@ def pays(out_features: int, in_features: int) -> bool:
 
 @dataclass
 class Target:
-    """A module to be replaced, wherever it stands."""
+    """A module to be replaced; its weights are read from `source`: itself, or its form with a BatchNorm folded in."""
 
     module: nn.Module
+    source: nn.Module
     kind: str
     recipe: Recipe
     path: str
-    places: list[tuple[nn.Module, str]] = field(default_factory=list)
 
 
 @dataclass
@@ -51,11 +54,27 @@ class Plan:
     skipped: list[tuple[str, str, str]]  # path, type, reason
 
 
+@dataclass(frozen=True)
+class Place:
+    """A module with all its paths and the modules that hold it."""
+
+    module: nn.Module
+    paths: list[str]
+    parents: list[tuple[nn.Module, str]]
+
+
 def match(pattern: str, path: str) -> bool:
     """Glob over the whole path, or after "re:" a regular expression that must match all of it."""
     if pattern.startswith("re:"):
         return re.fullmatch(pattern[3:], path) is not None
     return fnmatch.fnmatchcase(path, pattern)
+
+
+def covers(pattern: str, paths: Iterable[str]) -> bool:
+    """Whether the pattern matches one of the paths or a module that contains it."""
+    return any(
+        match(pattern, ".".join(parts[: i + 1])) for p in paths for parts in [p.split(".")] for i in range(len(parts))
+    )
 
 
 def _check_used(arg: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
@@ -88,33 +107,30 @@ def make_plan(
     simulate: bool,
 ) -> Plan:
     """Walk the model once; nothing is changed."""
-    modules = list(model.named_modules(remove_duplicate=False))
-    paths = [path for path, _ in modules]
+    places = _places(model)
+    paths = [path for place in places for path in place.paths]
     _check_used("ignore", ignore, paths)
     _check_used("overrides", overrides, paths)
     holders = _parameter_holders(model)
-    targets: dict[int, Target] = {}
+    mixed = len({w.requires_grad for w in _weights(places)}) > 1
+    targets: list[Target] = []
     skipped: list[tuple[str, str, str]] = []
-    parents: dict[str, nn.Module] = dict(modules)
-    for path, module in modules:
-        parent = parents.get(path.rpartition(".")[0]) if path else None
-        if id(module) in targets:
-            if parent is not None:
-                targets[id(module)].places.append((parent, path.rpartition(".")[2]))
-            continue
-        override = next((r for pattern, r in overrides.items() if match(pattern, path)), None)
-        reason, kind = _judge(module, parent, path, override or recipe, override is not None, holders, simulate)
+    for place in places:
+        override = next((r for pattern, r in overrides.items() if covers(pattern, place.paths)), None)
+        named = override is not None
+        reason, kind = _judge(place, override or recipe, named, holders, simulate)
         if kind is None:
             continue
-        if any(match(pattern, path) for pattern in ignore):
+        if any(covers(pattern, place.paths) for pattern in ignore):
             reason = "ignored by pattern"
-        elif filter_fn is not None and not _ask(filter_fn, module, path):
+        elif filter_fn is not None and not all(_ask(filter_fn, place.module, path) for path in place.paths):
             reason = "excluded by filter_fn"
-        if reason is not None:
-            skipped.append((path, type(module).__name__, reason))
-            continue
-        places = [] if parent is None else [(parent, path.rpartition(".")[2])]
-        targets[id(module)] = Target(module, kind, override or recipe, path, places)
+        elif reason is None and mixed and not named and any(w.requires_grad for w in _weights([place])):
+            reason = "trainable, while other weights are frozen: quantizing it would end its training"
+        if reason is None:
+            targets.append(Target(place.module, place.module, kind, override or recipe, place.paths[0]))
+        else:
+            skipped.append((place.paths[0], type(place.module).__name__, reason))
     if not targets:
         reasons = Counter(reason for _, _, reason in skipped)
         text = (
@@ -122,7 +138,26 @@ def make_plan(
             or "it has no layer with weights"
         )
         raise NothingToQuantizeError(f"nothing to quantize in {type(model).__name__}: {text}")
-    return Plan(list(targets.values()), skipped)
+    return Plan(targets, skipped)
+
+
+def _places(model: nn.Module) -> list[Place]:
+    modules = list(model.named_modules(remove_duplicate=False))
+    by_path = dict(modules)
+    places: dict[int, Place] = {}
+    for path, module in modules:
+        place = places.setdefault(id(module), Place(module, [], []))
+        place.paths.append(path)
+        if path:
+            place.parents.append((by_path[path.rpartition(".")[0]], path.rpartition(".")[2]))
+    return list(places.values())
+
+
+def _weights(places: Iterable[Place]) -> Iterator[nn.Parameter]:
+    for place in places:
+        weight = place.module._parameters.get("weight")
+        if kind_of(place.module) is not None and weight is not None:
+            yield weight
 
 
 def _ask(filter_fn: Callable[[nn.Module, str], bool], module: nn.Module, path: str) -> bool:
@@ -142,30 +177,35 @@ def _parameter_holders(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _judge(
-    module: nn.Module,
-    parent: nn.Module | None,
-    path: str,
-    recipe: Recipe,
-    named: bool,
-    holders: dict[int, list[nn.Module]],
-    simulate: bool,
+    place: Place, recipe: Recipe, named: bool, holders: dict[int, list[nn.Module]], simulate: bool
 ) -> tuple[str | None, str | None]:
     """(reason to leave it, kind); kind None: not a module this package speaks of."""
+    module = place.module
     if isinstance(module, QuantizedLinear):
         return "already quantized", "linear"
     if isinstance(module, nn.MultiheadAttention):
         return "the projections of its input stay float: attention reads them as one matrix", "attention"
     kind = kind_of(module)
     if kind is None:
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.conv._ConvTransposeNd)):
-            return f"{type(module).__name__} has a forward of its own", "other"
-        return None, None
-    reason = _weight_problem(module, holders) or _attention_problem(module, parent)
+        if not any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            return None, None
+        own = any(isinstance(module, base) for bases in KINDS.values() for base in bases)
+        return "it has a forward of its own" if own else "no quantized form for this type", "other"
+    reason = _module_problem(place, named) or _weight_problem(module, holders) or _parent_problem(place)
     if reason is None and not simulate and recipe.weights.bits is not None:
         reason = _kernel_problem(module, kind, recipe, named)
     if reason is None and recipe.weights.bits is None:
         reason = _split_problem(module, kind)
     return reason, kind
+
+
+def _module_problem(place: Place, named: bool) -> str | None:
+    module = place.module
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance (accelerate and kin): remove that first"
+    if type(module).__module__.partition(".")[0] != "torch" and not named:
+        return f"{type(module).__name__} is a subclass, which may have more to it: name it in overrides to quantize it"
+    return None
 
 
 def _weight_problem(module: nn.Module, holders: dict[int, list[nn.Module]]) -> str | None:
@@ -193,12 +233,27 @@ def _weight_problem(module: nn.Module, holders: dict[int, list[nn.Module]]) -> s
     return None
 
 
-def _attention_problem(module: nn.Module, parent: nn.Module | None) -> str | None:
-    if not isinstance(parent, nn.MultiheadAttention):
-        return None
-    if type(parent) not in (nn.MultiheadAttention, QuantizedMultiheadAttention):
-        return f"{type(parent).__name__} may read its weight past the module's forward"
-    return unsupported(parent)
+def _parent_problem(place: Place) -> str | None:
+    """Whether a module that holds this one goes past its forward."""
+    for parent, name in place.parents:
+        if isinstance(parent, nn.MultiheadAttention):
+            exact = type(parent) in (nn.MultiheadAttention, QuantizedMultiheadAttention)
+            if not exact or "forward" in parent.__dict__:
+                return f"{type(parent).__name__} may read its weight past the module's forward"
+            if (reason := unsupported(parent)) is not None:
+                return reason
+        elif type(parent).forward is not nn.TransformerEncoderLayer.forward and _reads_weight(type(parent), name):
+            return f"the forward of {type(parent).__name__} reads its weight"
+    return None
+
+
+def _reads_weight(parent: type[nn.Module], name: str) -> bool:
+    """Whether a class's forward contains `....name.weight`."""
+    try:
+        loads = [i.argval for i in dis.get_instructions(parent.forward) if i.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+    except TypeError:  # not written in Python
+        return False
+    return any(first == name and second == "weight" for first, second in pairwise(loads))
 
 
 def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
@@ -211,6 +266,8 @@ def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -
     if weights.granularity == "group" or not weights.symmetric:
         return "no integer kernel for groups or zero points yet: use simulate=True for its accuracy"
     assert isinstance(module, nn.Linear)
+    if 2 * module.in_features > MAX_DEPTH:  # every channel may get a tail column
+        return f"more than {MAX_DEPTH // 2} inputs: int32 sums would not be exact"
     if not named and not pays(module.out_features, module.in_features):
         return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
     return None

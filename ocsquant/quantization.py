@@ -13,6 +13,7 @@ from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError
+from ocsquant.folding import fold_batchnorms
 from ocsquant.planning import Target, make_plan, merge_request
 from ocsquant.transaction import commit, set_attribute
 
@@ -67,21 +68,15 @@ def quantize(
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
     with torch.no_grad():
-        changes, folded = _fold(model) if fold_batchnorm else ([], {})
+        changes, folded, lines = fold_batchnorms(model) if fold_batchnorm else ([], {}, [])
         plan = make_plan(model, *request, filter_fn, simulate)
         for target in plan.targets:
-            target.module = folded.get(id(target.module), target.module)
+            target.source = folded.get(id(target.module), target.module)
         more, layers = build(model, plan, simulate, lambda targets: _bar(targets, progress))
         changes = changes + more
-        changes.append(set_attribute(model, reporting.ATTRIBUTE, tuple(layers)))
+        changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)
     return model
-
-
-def _fold(model: nn.Module) -> tuple[list[Any], dict[int, nn.Module]]:
-    from ocsquant.folding import fold_batchnorms
-
-    return fold_batchnorms(model)
 
 
 def _bar(targets: list[Target] | Iterable[Target], progress: bool | None) -> Iterable[Target]:

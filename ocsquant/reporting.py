@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     layers: tuple[Layer, ...] | None = model.__dict__.get(ATTRIBUTE)
     if layers is None:
-        layers = tuple(_found(path, m) for path, m in model.named_modules() if isinstance(m, QuantizedLinear))
+        layers = tuple(found(path, m) for path, m in model.named_modules() if isinstance(m, QuantizedLinear))
     if not layers:
         raise ArgumentError("model", "a model that ocsquant.quantize or ocsquant.load made", type(model).__name__)
     after = model_bytes(model)
@@ -123,7 +123,7 @@ def report(model: nn.Module) -> Report:
     return Report(layers, cpu_isa()[0], before, after)
 
 
-def _found(path: str, module: QuantizedLinear) -> Layer:
+def found(path: str, module: QuantizedLinear) -> Layer:
     """A quantized layer met without the record of how it was made."""
     after = sum(b.numel() * b.element_size() for b in module.buffers())
     before = 4 * (module.in_features + (module.bias is not None)) * module.out_features

@@ -23,13 +23,12 @@ def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
     return new
 
 
-def replace_child(parent: nn.Module, name: str, new: nn.Module) -> Change:
-    old = parent._modules[name]
-    return lambda: parent._modules.__setitem__(name, new), lambda: parent._modules.__setitem__(name, old)
+def hooked(module: nn.Module) -> bool:
+    return any(module.__dict__[name] for name in HOOKS if name != "_is_full_backward_hook")
 
 
 def become(module: nn.Module, new: nn.Module) -> Change:
-    """Turn `module` itself into `new`, so that every reference to it sees the change."""
+    """Turn `module` itself into `new`: every reference to it sees the change, be it a parent, a list or a wrapper."""
     old_class, old_state = module.__class__, dict(module.__dict__)
 
     def turn(cls: type, state: dict[str, Any]) -> None:

@@ -85,6 +85,11 @@ std::tuple<Tensor, Tensor> fake_quantize_split_backward(const Tensor& grad, cons
              ": grad must have the shape and dtype of x");
   const Tensor dense_grad = dense(grad), dense_x = dense(x), dense_scale = dense(scale);
   Tensor dx = empty_cpu(sizes_of(x), x.scalar_type()), dscale = empty_cpu(sizes_of(scale), ScalarType::Float);
+  float* out = dscale.mutable_data_ptr<float>();
+  if (x.numel() == 0) {
+    std::fill_n(out, scale.numel(), 0.0f);
+    return {dx, dscale};
+  }
   const Kernels& kernels = cpu_kernels();
   const float* s = dense_scale.const_data_ptr<float>();
   const void *pg = dense_grad.const_data_ptr(), *px = dense_x.const_data_ptr();
@@ -108,7 +113,6 @@ std::tuple<Tensor, Tensor> fake_quantize_split_backward(const Tensor& grad, cons
       }
     }
   });
-  float* out = dscale.mutable_data_ptr<float>();
   if (rows.shared_scale) {
     double total = 0.0;
     for (int64_t r = 0; r < rows.n; ++r) total += sum[r];

@@ -51,7 +51,8 @@ class QuantizedMultiheadAttention(nn.MultiheadAttention):
         if need_weights:
             scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
-            context = F.dropout(weights, dropout) @ v if dropout else weights @ v
+            weights = F.dropout(weights, dropout) if dropout else weights
+            context = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             context = F.scaled_dot_product_attention(q, k, v, mask, dropout)

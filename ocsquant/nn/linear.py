@@ -19,8 +19,9 @@ class QuantizedLinear(nn.Module):
 
     Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
     [out_features] or None, `tail_index` int32 or None. No dtype conversion of a model (.half(), .bfloat16(),
-    .to(dtype)) touches them. Takes float32, bfloat16 or float16 [..., in_features]; returns the same dtype. Read-only
-    `weight` is the dequantized float32 matrix and `codes` the integers.
+    .to(dtype)) touches them. Takes float32, bfloat16, float16 or float64 [..., in_features]; returns the same dtype.
+    `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
+    changes nothing.
     """
 
     packed: Tensor
@@ -63,16 +64,18 @@ class QuantizedLinear(nn.Module):
             tail_index if split else None,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            if x.dtype != torch.float16:
-                raise ArgumentError("x", "float32, bfloat16 or float16", x.dtype)
-            return self.forward(x.float()).half()
+    def forward(self, input: Tensor) -> Tensor:
+        if input.shape[-1] != self.in_features:
+            raise ArgumentError("input", f"[..., {self.in_features}]", list(input.shape))
+        if input.dtype not in (torch.float32, torch.bfloat16):
+            if input.dtype not in (torch.float16, torch.float64):
+                raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
+            return self.forward(input.float()).to(input.dtype)
         # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.
         b: dict[str, Any] = self._buffers
         a = self.activations
         return ops.quantized_linear(
-            x, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
+            input, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
         )
 
     @property
@@ -96,7 +99,11 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # Seen as integers, scales follow a move to another device but no change of dtype.
         def apply(t: Tensor) -> Tensor:
-            return fn(t.view(torch.int32)).view(torch.float32) if t.dtype == torch.float32 else fn(t)
+            bits = t.view(torch.int32) if t.dtype == torch.float32 else t
+            moved = fn(bits)
+            if moved.dtype != bits.dtype:  # Module.type() converts integers too
+                moved = bits.to(moved.device)
+            return moved.view(t.dtype)
 
         super()._apply(apply, recurse)
         return self

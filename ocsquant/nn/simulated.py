@@ -16,6 +16,9 @@ class FakeQuantizeInput:
     def __init__(self, activations: Activations) -> None:
         self.activations = activations
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         a = self.activations
-        return (fake_quantize_tokens(args[0], a.bits, a.max_outliers, a.outlier_threshold), *args[1:])
+        x = args[0] if args else kwargs["input"]
+        return (fake_quantize_tokens(x, a.bits, a.max_outliers, a.outlier_threshold),), {}

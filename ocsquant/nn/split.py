@@ -19,8 +19,8 @@ class SplitLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_buffer("index", index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x[..., self.index], self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input[..., self.index], self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, copies={self.weight.shape[1]}"
@@ -36,8 +36,8 @@ class SplitConv(nn.Module):
         self.conv = _like(conv, weight)
         self.register_buffer("index", index)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x.index_select(-self.conv.weight.dim() + 1, self.index))
+    def forward(self, input: Tensor) -> Tensor:
+        return self.conv(input.index_select(-self.conv.weight.dim() + 1, self.index))
 
 
 def _like(conv: nn.Conv1d | nn.Conv2d, weight: Tensor) -> Any:
