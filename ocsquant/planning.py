@@ -21,7 +21,7 @@ from ocsquant.layers import KINDS, kind_of, weight_names
 from ocsquant.nn import QuantizedLinear, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
-SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 16, 64, 128, 96
+SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -34,7 +34,7 @@ def test_default_is_in_place_and_close():
 
 
 def test_a_root_linear_changes_under_the_callers_reference():
-    model = nn.Linear(140, 20)
+    model = nn.Linear(140, 40)
     x = torch.randn(3, 140)
     expected = model(x)
     alias = model
@@ -311,7 +311,7 @@ def test_state_dict_deepcopy_pickle_and_weights_only():
 
 
 def test_readable_weight_and_codes():
-    model = nn.Linear(140, 20)
+    model = nn.Linear(140, 40)
     w = model.weight.detach().clone()
     ocsquant.quantize(model, ocsquant.Recipe(ocsquant.Weights(split=ocsquant.OCS(0.1))))
     assert close(model.weight, w, 0.01)
