@@ -94,7 +94,8 @@ def quantized_linear(
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
-    op = _quantized_linear_train if x.requires_grad and torch.is_grad_enabled() else _quantized_linear
+    trained = getattr(x, "requires_grad", False) and torch.is_grad_enabled()  # anything but a tensor: the op says so
+    op = _quantized_linear_train if trained else _quantized_linear
     return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold)
 
 
@@ -124,8 +125,16 @@ def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor 
     return total * scale[:, None]
 
 
+def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """A meta tensor among CPU ones brings the dispatcher here instead of to the kernel, which checks the rest."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise RuntimeError(f"{op}: {name} must be on {device}, as the first argument is, got {tensor.device}")
+
+
 @torch.library.register_fake("ocsquant::pack_weight")
 def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+    _check_devices("pack_weight", codes.device, tail=tail)
     n, k = codes.shape
     e = 0 if tail is None else tail.shape[1]
     return codes.new_empty((-(-n // PANEL), -(-k // GROUP) + -(-e // GROUP) + 1, PANEL, GROUP))
@@ -136,7 +145,10 @@ def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
     return packed.new_empty((n, k)), packed.new_empty((n, e))
 
 
-def _linear_fake(x: Tensor, packed: Tensor, scale: Tensor, *_: Any) -> Tensor:
+def _linear_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, tail_index: Tensor | None = None, *_: Any
+) -> Tensor:
+    _check_devices("quantized_linear", x.device, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
     torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
@@ -147,11 +159,13 @@ torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
 
 @torch.library.register_fake("ocsquant::fake_quantize_split")
 def _(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
+    _check_devices("fake_quantize_split", x.device, scale=scale, splits=splits)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("ocsquant::fake_quantize_split_backward")
 def _(grad: Tensor, x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    _check_devices("fake_quantize_split_backward", grad.device, x=x, scale=scale, splits=splits)
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(scale)
 
 
