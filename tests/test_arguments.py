@@ -229,7 +229,7 @@ def public_callables() -> set[str]:
 
 
 def wrong_calls() -> list[Any]:
-    """One parameter set a wrong value; "device": None where the argument is the one that sets the device of the others."""
+    """One set of parameters per wrong value; "device": None where the others must follow this argument's device."""
     return [
         pytest.param(case, argument, value, id=f"{name}-{argument}-{category}")
         for name, case in CASES.items()

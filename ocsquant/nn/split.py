@@ -41,7 +41,7 @@ class SplitConv(nn.Module):
 
 
 def _like(conv: nn.Conv1d | nn.Conv2d, weight: Tensor) -> Any:
-    options = {
+    options: dict[str, Any] = {
         "stride": conv.stride,
         "padding": conv.padding,
         "dilation": conv.dilation,
@@ -49,7 +49,8 @@ def _like(conv: nn.Conv1d | nn.Conv2d, weight: Tensor) -> Any:
         "bias": conv.bias is not None,
     }
     # On the meta device no random numbers are drawn for weights that are replaced at once.
-    wider = type(conv)(weight.shape[1], conv.out_channels, conv.kernel_size, device="meta", **options)  # type: ignore[arg-type]
+    size: Any = conv.kernel_size
+    wider = type(conv)(weight.shape[1], conv.out_channels, size, device="meta", **options)
     wider.weight = nn.Parameter(weight, requires_grad=False)
     if conv.bias is not None:
         wider.bias = nn.Parameter(conv.bias.detach().clone(), requires_grad=False)
