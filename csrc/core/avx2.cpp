@@ -50,7 +50,7 @@ struct Tile : Strips<Tile, int16_t, 4> {
   }
 
   // R rows x 4 V columns.
-  template <int R, int V>
+  template <int R, int V, bool kFetch>
   static OCSQ_INLINE void strip(const int16_t* a, const int8_t* b, const int8_t* next, const Block& block,
                                 int32_t* sums) {
     __m256i c[R][V];
@@ -63,7 +63,7 @@ struct Tile : Strips<Tile, int16_t, 4> {
       __m256i w[V];
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        if (v % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(next + 16 * v), _MM_HINT_T1);
+        if (kFetch && v % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(next + 16 * v), _MM_HINT_T1);
         w[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16 * v)));
       }
 #pragma GCC unroll 8

@@ -1,5 +1,6 @@
 // Cuts a panel into strips whose sums fit sixteen vector registers: R rows x V vectors of kColumns columns each.
-// Included inside a target region. Tile provides strip<R, V>(a, weights, next, block, sums) and Code.
+// Included inside a target region. Tile provides strip<R, V, kFetch>(a, weights, next, block, sums); with kFetch it
+// fetches what lies at `next`.
 #pragma once
 
 namespace ocsquant {
@@ -11,9 +12,14 @@ struct Strips {
   template <int R, int V>
   static __attribute__((noinline)) void rows(const Code* a, const Block& block, int32_t* sums) {
     for (int64_t j = 0; j < block.width; j += kColumns * V) {
+      const int8_t* weights = block.weights + j * kGroup;
       // Every strip fetches its share of the next block, so that the cache sees one ascending stream.
       const int8_t* next = block.weights + block.ahead + j * kGroup * block.groups;
-      Tile::template strip<R, V>(a, block.weights + j * kGroup, next, block, sums + j);
+      if (block.ahead > 0) {
+        Tile::template strip<R, V, true>(a, weights, next, block, sums + j);
+      } else {
+        Tile::template strip<R, V, false>(a, weights, next, block, sums + j);
+      }
     }
   }
 

@@ -45,7 +45,7 @@ struct Tile : Strips<Tile, uint8_t, 8> {
   }
 
   // R rows x 8 V columns.
-  template <int R, int V>
+  template <int R, int V, bool kFetch>
   static OCSQ_INLINE void strip(const uint8_t* a, const int8_t* b, const int8_t* next, const Block& block,
                                 int32_t* sums) {
     __m256i c[R][V];
@@ -59,7 +59,7 @@ struct Tile : Strips<Tile, uint8_t, 8> {
     }
     for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 32 * V, a += R * kGroup) {
       __m256i w[V];
-      for (int v = 0; v < V; v += 2) _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
+      for (int v = 0; v < V && kFetch; v += 2) _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * v));
 #pragma GCC unroll 8
