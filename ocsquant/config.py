@@ -173,22 +173,22 @@ class Recipe:
         check_type("text", text, str, "JSON text")
         try:
             return _recipe_from_dict(json.loads(text))
-        except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ArgumentError("text", "JSON written by Recipe.to_json", f"{error}") from error
 
 
 def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
-    weights = dict(data["weights"])
+    weights = {**data["weights"]}  # unlike dict(), a TypeError for anything but a mapping
     if weights.get("split") is not None:
         weights["split"] = OCS(**weights["split"])
     activations = data["activations"]
     overrides = data["overrides"]
-    return Recipe(
-        Weights(**weights),
-        None if activations is None else Activations(**activations),
-        None if overrides is None else {k: _recipe_from_dict(v) for k, v in overrides.items()},
-        None if data["ignore"] is None else tuple(data["ignore"]),
-    )
+    parts = {
+        "weights": Weights(**weights),
+        "activations": None if activations is None else Activations(**activations),
+        "overrides": None if overrides is None else {k: _recipe_from_dict(v) for k, v in overrides.items()},
+    }
+    return Recipe(**{**data, **parts})  # an unknown entry is a TypeError here
 
 
 def check_patterns(arg: str, patterns: Any) -> tuple[str, ...]:

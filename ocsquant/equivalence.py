@@ -68,15 +68,18 @@ def verify_equivalence(model: nn.Module, reference: nn.Module, inputs: Any, tole
     handles = []
     try:
         for path, module in split.items():
-            if path not in originals:
-                raise SchemaMismatchError(f"reference has no module '{path}'")
+            if not isinstance(originals.get(path), (nn.Linear, nn.Conv1d, nn.Conv2d)):
+                raise SchemaMismatchError(f"reference has no linear or convolution '{path}'")
             handles.append(module.register_forward_hook(_compare(path, originals[path], layers), with_kwargs=True))
         with torch.no_grad():
             got, expected = _call(model, inputs), _call(reference, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    output = max((_relative(a, b) for a, b in zip(_tensors(got), _tensors(expected), strict=True)), default=0.0)
+    ours, theirs = _tensors(got), _tensors(expected)
+    if [t.shape for t in ours] != [t.shape for t in theirs]:
+        raise SchemaMismatchError("model and reference differ in number or shape of their outputs")
+    output = max((_relative(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
     return Equivalence(layers, max(layers.values(), default=0.0), output, tolerance)
 
 

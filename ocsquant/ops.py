@@ -56,11 +56,13 @@ def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
         int8 [ceil(n / 64), ceil(k / 4) + ceil(e / 4) + 1, 64, 4]: panels of 64 outputs; the last block of each holds
         the sums of its columns as 64 int32.
     """
+    _check_there("pack_weight", "codes", codes)
     return _ops.pack_weight(codes, tail)
 
 
 def unpack_weight(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
     """The codes int8 [n, k] and tail int8 [n, e] that `pack_weight` was given."""
+    _check_there("unpack_weight", "packed", packed)
     return _ops.unpack_weight(packed, n, k, e)
 
 
@@ -118,23 +120,40 @@ def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> 
 
 def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None) -> Tensor:
     """The float32 [n, k] matrix that a packed weight stands for."""
+    _check_vector("dequantize_packed", "scale", scale, torch.float32)
+    if tail_index is not None:
+        _check_vector("dequantize_packed", "tail_index", tail_index, torch.int32)
     codes, tail = unpack_weight(packed, scale.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
+    _check_devices("dequantize_packed", packed=packed, scale=scale, tail_index=tail_index)
     total = codes.float()
     if tail_index is not None:
         total.index_add_(1, tail_index.long(), tail.float())
     return total * scale[:, None]
 
 
-def _check_devices(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+def _check_there(op: str, name: str, tensor: object) -> None:
+    """Without any tensor the dispatcher finds no kernel, and its error names no argument."""
+    if tensor is None:
+        raise RuntimeError(f"{op}: {name} must be a tensor, got None")
+
+
+def _check_vector(op: str, name: str, tensor: object, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1:
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
+        raise RuntimeError(f"{op}: {name} must be a {dtype} vector, got {got}")
+
+
+def _check_devices(op: str, **tensors: Tensor | None) -> None:
     """A meta tensor among CPU ones brings the dispatcher here instead of to the kernel, which checks the rest."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != device:
-            raise RuntimeError(f"{op}: {name} must be on {device}, as the first argument is, got {tensor.device}")
+    (first, device), *others = [(name, tensor.device) for name, tensor in tensors.items() if tensor is not None]
+    for name, other in others:
+        if other != device:
+            raise RuntimeError(f"{op}: {name} must be on {device}, as {first} is, got {other}")
 
 
 @torch.library.register_fake("ocsquant::pack_weight")
 def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
-    _check_devices("pack_weight", codes.device, tail=tail)
+    _check_devices("pack_weight", codes=codes, tail=tail)
     n, k = codes.shape
     e = 0 if tail is None else tail.shape[1]
     return codes.new_empty((-(-n // PANEL), -(-k // GROUP) + -(-e // GROUP) + 1, PANEL, GROUP))
@@ -148,7 +167,7 @@ def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
 def _linear_fake(
     x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, tail_index: Tensor | None = None, *_: Any
 ) -> Tensor:
-    _check_devices("quantized_linear", x.device, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
+    _check_devices("quantized_linear", x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
     torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
 
@@ -159,13 +178,13 @@ torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
 
 @torch.library.register_fake("ocsquant::fake_quantize_split")
 def _(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
-    _check_devices("fake_quantize_split", x.device, scale=scale, splits=splits)
+    _check_devices("fake_quantize_split", x=x, scale=scale, splits=splits)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("ocsquant::fake_quantize_split_backward")
 def _(grad: Tensor, x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    _check_devices("fake_quantize_split_backward", grad.device, x=x, scale=scale, splits=splits)
+    _check_devices("fake_quantize_split_backward", grad=grad, x=x, scale=scale, splits=splits)
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(scale)
 
 

@@ -131,8 +131,10 @@ def split_recipe(bits: int | None = 8, **split: Any) -> Recipe:
 
 
 NETWORKS = {
-    "root linear": Network(lambda: nn.Linear(128, 32), values(3, 128)),
-    "mlp": Network(mlp, values(3, 128), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.05)), PerToken(8, 4))}),
+    "root linear": Network(
+        lambda: nn.Linear(128, 32), values(3, 128), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.01)))}
+    ),
+    "mlp": Network(mlp, values(3, 128), {"recipe": Recipe(Weights(split=OCS(0.05)), PerToken(8, 4))}),
     "used twice": Network(
         Twice, values(2, 6, 128), {"recipe": split_recipe(None, expand_ratio=0.1, shares="halving")}, 1e-5
     ),
