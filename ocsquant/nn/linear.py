@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Module):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1] != self.in_features:
+        if input.shape[-1:] != (self.in_features,):
             raise ArgumentError("input", f"[..., {self.in_features}]", list(input.shape))
         if input.dtype not in (torch.float32, torch.bfloat16):
             if input.dtype not in (torch.float16, torch.float64):
