@@ -8,7 +8,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,6 @@ from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
 
-Item = TypeVar("Item")
 Progress = Callable[[Iterable[Target]], Iterable[Target]]
 
 

@@ -25,6 +25,7 @@ from ocsquant.errors import (
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
+from ocsquant.layout import packed_shape
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
 from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
 
@@ -248,7 +249,7 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
             bool((index[1:] > index[:-1]).all()) and int(index[0]) >= 0 and int(index[-1]) < k,
             "tail_index out of range",
         )
-    shape = (-(-n // ops.PANEL), -(-k // ops.GROUP) + -(-e // ops.GROUP) + 1, ops.PANEL, ops.GROUP)
+    shape = packed_shape(n, k, e)
     need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
     base, tail = ops.unpack_weight(packed, n, k, e)
     need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their sums")

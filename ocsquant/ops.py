@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ocsquant.errors import BuildMismatchError
-
-PANEL, GROUP = 64, 4  # output columns and input channels of one block of a packed weight
+from ocsquant.layout import packed_shape
 
 
 def _load() -> None:
@@ -156,7 +155,7 @@ def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
     _check_devices("pack_weight", codes=codes, tail=tail)
     n, k = codes.shape
     e = 0 if tail is None else tail.shape[1]
-    return codes.new_empty((-(-n // PANEL), -(-k // GROUP) + -(-e // GROUP) + 1, PANEL, GROUP))
+    return codes.new_empty(packed_shape(n, k, e))
 
 
 @torch.library.register_fake("ocsquant::unpack_weight")

@@ -41,7 +41,7 @@ def quantize(
         recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16".
         calibration: must be None: no part of a recipe uses calibration data yet.
         ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the
-            recipe's.
+            recipe's. A pattern that matches a module covers what is inside it.
         filter_fn: called with (module, path); False leaves the module alone.
         overrides: pattern -> Recipe or scheme for the layers it matches, the first match counts; instead of the
             recipe's.
