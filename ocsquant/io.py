@@ -237,7 +237,7 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
         raise SchemaMismatchError(f"layer '{path}' is {n} x {k} (bias: {'bias' in t}) in the file, {old} in the model")
     need({"packed", "scale"} <= set(t), "packed and scale must be there")
     packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
-    need(packed.dtype == torch.int8 and scale.dtype == torch.float32 and scale.shape == (n,), "wrong dtype or shape")
+    need(packed.dtype == torch.uint8 and scale.dtype == torch.float32 and scale.shape == (n,), "wrong dtype or shape")
     need(bool((scale.isfinite() & (scale > 0)).all()), "scales must be finite and positive")
     need(bias is None or (bias.dtype == torch.float32 and bias.shape == (n,)), "bias must be float32, one per output")
     need(bias is None or bool(bias.isfinite().all()), "biases must be finite")
@@ -252,7 +252,7 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
     shape = packed_shape(n, k, e)
     need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
     base, tail = ops.unpack_weight(packed, n, k, e)
-    need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their sums")
+    need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
     return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index)
 
 

@@ -52,8 +52,8 @@ def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
         tail: int8 [n, e], codes to be added to those of the channels that `tail_index` of `quantized_linear` names.
 
     Returns:
-        int8 [ceil(n / 64), ceil(k / 4) + ceil(e / 4) + 1, 64, 4]: panels of 64 outputs; the last block of each holds
-        the sums of its columns as 64 int32.
+        uint8 [ceil(n / 64), b + ceil(b / 1024), 64, 4] with b = ceil(k / 4) + ceil(e / 4): panels of 64 outputs, in
+        each the codes + 128 in blocks of 4 channels, then bounds that tell the kernels where 16-bit sums suffice.
     """
     _check_there("pack_weight", "codes", codes)
     return _ops.pack_weight(codes, tail)
@@ -155,12 +155,12 @@ def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
     _check_devices("pack_weight", codes=codes, tail=tail)
     n, k = codes.shape
     e = 0 if tail is None else tail.shape[1]
-    return codes.new_empty(packed_shape(n, k, e))
+    return codes.new_empty(packed_shape(n, k, e), dtype=torch.uint8)
 
 
 @torch.library.register_fake("ocsquant::unpack_weight")
 def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
-    return packed.new_empty((n, k)), packed.new_empty((n, e))
+    return packed.new_empty((n, k), dtype=torch.int8), packed.new_empty((n, e), dtype=torch.int8)
 
 
 def _linear_fake(

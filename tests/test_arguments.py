@@ -185,7 +185,7 @@ CASES = {
         ops.unpack_weight,
         {"packed": PACKED, "n": 70, "k": 30, "e": 3},
         {"n": {"range": 200}, "k": {"range": 40, "below": -1, "huge": 2**62}, "e": {"range": 9, "below": -2}},
-        {"packed.range": "every int8 is a code", "packed.device": "it is the only tensor"},
+        {"packed.range": "every byte is a code or a bound", "packed.device": "it is the only tensor"},
     ),
     "ops.quantized_linear": Case(
         ops.quantized_linear,
@@ -204,7 +204,7 @@ CASES = {
         },
         {
             "x.range": "NaN and Inf give NaN by definition",
-            "packed.range": "every int8 is a code",
+            "packed.range": "every byte is a code or a bound",
             "scale.range": "it is only multiplied",
             "bias.range": "it is only added",
         },
@@ -227,7 +227,7 @@ CASES = {
             "scale": {"size": Wrong(tensor(140), text="140")},
             "tail_index": {"size": Wrong(int32(*range(6)), text="e = 6"), "range": Wrong(int32(1, 5, 30), text="30")},
         },
-        {"packed.range": "every int8 is a code", "scale.range": "it is only multiplied"},
+        {"packed.range": "every byte is a code or a bound", "scale.range": "it is only multiplied"},
     ),
 }
 
@@ -246,7 +246,7 @@ KINDS: dict[str, tuple[Any, set[str]]] = {
     "class": (nn.Linear, {"Callable"}),
     "object": (object(), set()),
 }
-OTHER_DTYPE = {torch.float32: torch.float64, torch.int8: torch.int16, torch.int32: torch.int64}
+OTHER_DTYPE = {torch.float32: torch.float64, torch.int8: torch.int16, torch.uint8: torch.int8, torch.int32: torch.int64}
 
 
 def words(parameter: inspect.Parameter) -> set[str]:

@@ -52,7 +52,7 @@ def test_under_sanitizers():
 @pytest.mark.parametrize(
     ("right", "wrong", "found"),
     [
-        ("a[3] * c[3]", "a[3] * c[2]", "not"),
+        ("a[3] * (c[3]", "a[3] * (c[2]", "not"),
         ("std::memset(sums, 0, rows *", "std::memset(sums, 0, 65 *", "memory fault"),
     ],
 )

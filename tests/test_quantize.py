@@ -67,7 +67,7 @@ def test_conversions_never_touch_scales():
         convert(model)
         assert model[0].scale.dtype == torch.float32
         assert torch.equal(model[0].scale, before)
-        assert model[0].packed.dtype == torch.int8
+        assert model[0].packed.dtype == torch.uint8
     model.to("meta")
     assert model[0].scale.is_meta
     assert model[0].packed.is_meta

@@ -93,7 +93,7 @@ def test_double_input_and_type_conversion():
     layer = ocsquant.quantize(nn.Linear(128, 64))
     x = torch.randn(3, 128)
     assert torch.equal(layer.double()(x.double()).float(), layer(x))
-    assert layer.type(torch.float16).packed.dtype == torch.int8
+    assert layer.type(torch.float16).packed.dtype == torch.uint8
 
 
 def test_nan_bias_is_refused_by_name():

@@ -1,21 +1,26 @@
 // AVX2 without a dot-product instruction.
 //
-//   vpmovsxbw  ymm, m128   16 weight codes to 16 bits
-//   vpmaddwd   ymm         16 products, summed in pairs to 32 bits: exact, where vpmaddubsw would saturate
-//   vphaddd    ymm         the two partial sums of a column, once per block
+//   vpmaddubsw  ymm   32 products of weight and activation bytes, summed in pairs to 16 bits
+//   vpaddw      ymm   four of those, modulo 2^16
+//   vpmaddwd    ymm   by ones: to 32 bits, once for the four
+//   vpaddd      ymm
 //
-// A vector holds 4 columns x 4 channels; the activation's 4 channels are one 64-bit broadcast. Activation codes are 16
-// bits wide, so run-time OCS costs nothing in the product: an outlier's code is simply a larger number.
+// 2.5 instructions for 32 products instead of the 4 of 16-bit operands, and exact: pairs cannot saturate
+// (tile_pairs.h), and the sum of a span fits 16 bits where the norms of weights and activations say so (pack.h),
+// whatever was lost of its parts. A span that they do not clear is widened after every product. The weights' offset is
+// taken off in the same 16 bits: a sum starts at minus 128 times the lane's activations.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "isa.h"
 #include "kernels.h"
+#include "pack.h"
 
 OCSQ_TARGET_BEGIN("avx2")
 #include "simd_avx2.h"
@@ -25,66 +30,270 @@ OCSQ_TARGET_BEGIN("avx2")
 #include "linear_impl.h"
 #include "strips.h"
 #include "tile_int16.h"
+#include "tile_pairs.h"
 
 namespace ocsquant {
 namespace {
 
-struct Tile : Strips<Tile, int16_t, 4> {
-  using Code = int16_t;
-  static constexpr int kRows = 6;
-  static constexpr bool kUnsigned = false;
-  static constexpr int64_t kRowBlock = 96, kDepthBlock = 256, kDepthBlockFew = 64;
+struct PairRun : Block {
+  const uint8_t* fits;  // for every span whether 16 bits hold its sums
+  int32_t offset[4];    // for every row what takes the weights' offset off the other spans
+};
 
-  static void place(int16_t* codes, int64_t pitch, int rows, int64_t depth, Code* out, Rest*, int32_t* counts,
-                    int64_t) {
-    place_int16(codes, pitch, rows, depth, out);
-    for (int i = 0; i < rows; ++i) counts[i] = 0;
-  }
+OCSQ_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+OCSQ_INLINE __m256i load_u8(const uint8_t* p) {
+  return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+OCSQ_INLINE void store(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 
-  // By hand: from intrinsics GCC 12 hoists all broadcasts of a step above the products and spills the accumulators.
-  static OCSQ_INLINE void multiply_add(__m256i& sum, __m256i x, __m256i w) {
-    __m256i product;
-    __asm__ volatile("vpmaddwd %[w], %[x], %[product]\n\tvpaddd %[product], %[sum], %[sum]"
-                     : [sum] "+x"(sum), [product] "=&x"(product)
-                     : [x] "x"(x), [w] "x"(w));
-  }
+// One row's quad times two vectors of weights. By hand: from intrinsics GCC 12 hoists the broadcasts of a step above
+// the products, spills the sums, and is a fifth slower.
+struct Quad {
+  uint8_t bytes[kGroup];
+};
+OCSQ_INLINE const Quad& quad(const uint8_t* p) { return *reinterpret_cast<const Quad*>(p); }
 
-  // R rows x 4 V columns.
-  template <int R, int V, bool kFetch>
-  static OCSQ_INLINE void strip(const int16_t* a, const int8_t* b, const int8_t* next, const Block& block,
-                                int32_t* sums) {
-    __m256i c[R][V];
-#pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) c[i][v] = _mm256_setzero_si256();
-    }
-    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 16 * V, a += R * kGroup) {
-      __m256i w[V];
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) {
-        if (kFetch && v % 4 == 0) _mm_prefetch(reinterpret_cast<const char*>(next + 16 * v), _MM_HINT_T1);
-        w[v] = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(b + 16 * v)));
+// 16-bit sums from minus 128 times the lanes' activations on.
+OCSQ_INLINE void start16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a, const Quad& minus_lanes) {
+  __m256i x, product;
+  __asm__ volatile(
+      "vpbroadcastd %[lanes], %[sum0]\n\tvpbroadcastd %[a], %[x]\n\tvpsllw $7, %[sum0], %[sum0]\n\t"
+      "vpmaddubsw %[x], %[w0], %[product]\n\tvpmaddubsw %[x], %[w1], %[x]\n\t"
+      "vpaddw %[x], %[sum0], %[sum1]\n\tvpaddw %[product], %[sum0], %[sum0]"
+      : [sum0] "=&x"(sum[0]), [sum1] "=&x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
+      : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a), [lanes] "m"(minus_lanes));
+}
+OCSQ_INLINE void add16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a) {
+  __m256i x, product;
+  __asm__ volatile(
+      "vpbroadcastd %[a], %[x]\n\tvpmaddubsw %[x], %[w0], %[product]\n\tvpmaddubsw %[x], %[w1], %[x]\n\t"
+      "vpaddw %[product], %[sum0], %[sum0]\n\tvpaddw %[x], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum[0]), [sum1] "+x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
+      : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a));
+}
+OCSQ_INLINE void add32(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a, __m256i ones) {
+  __m256i x, product;
+  __asm__ volatile(
+      "vpbroadcastd %[a], %[x]\n\tvpmaddubsw %[x], %[w0], %[product]\n\tvpmaddubsw %[x], %[w1], %[x]\n\t"
+      "vpmaddwd %[ones], %[product], %[product]\n\tvpmaddwd %[ones], %[x], %[x]\n\t"
+      "vpaddd %[product], %[sum0], %[sum0]\n\tvpaddd %[x], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum[0]), [sum1] "+x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
+      : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a), [ones] "x"(ones));
+}
+
+OCSQ_INLINE void add_int16(__m256i (&sum)[2], const __m256i (&w)[2], __m256i x) {
+  __m256i product;
+  __asm__ volatile(
+      "vpmaddwd %[x], %[w0], %[product]\n\tvpaddd %[product], %[sum0], %[sum0]\n\t"
+      "vpmaddwd %[x], %[w1], %[product]\n\tvpaddd %[product], %[sum1], %[sum1]"
+      : [sum0] "+x"(sum[0]), [sum1] "+x"(sum[1]), [product] "=&x"(product)
+      : [w0] "x"(w[0]), [w1] "x"(w[1]), [x] "x"(x));
+}
+
+struct Tile : Strips<Tile, PairRun>, PairTile {
+  static constexpr int kRows = 4;
+  static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
+
+  // A span that 16-bit sums hold, added to 32-bit sums in memory.
+  template <int R, int P>
+  static OCSQ_INLINE void add_span16(const uint8_t* span, const uint8_t* b, int32_t* sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i h[P][R][2];
+#pragma GCC unroll 4
+    for (int g = 0; g < kSpan; ++g) {
+      const uint8_t* a = span + (1 + g) * R * kGroup;
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const __m256i w[2] = {load(b + g * kGroupBytes + 64 * p), load(b + g * kGroupBytes + 64 * p + 32)};
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) {
+          const Quad& row = quad(a + i * kGroup);
+          g == 0 ? start16(h[p][i], w, row, quad(span + i * kGroup)) : add16(h[p][i], w, row);
+        }
       }
-#pragma GCC unroll 8
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
-        int64_t quad;
-        std::memcpy(&quad, a + i * kGroup, sizeof(quad));
-        const __m256i x = _mm256_set1_epi64x(quad);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) multiply_add(c[i][v], x, w[v]);
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          int32_t* at = sums + i * kPanel + 16 * p + 8 * v;
+          store(at, _mm256_add_epi32(load(at), _mm256_madd_epi16(h[p][i][v], ones)));
+        }
       }
     }
-#pragma GCC unroll 8
+  }
+
+  // Any span, added to 32-bit sums; the offset stays in.
+  template <int R, int P>
+  static OCSQ_INLINE void add_span32(const uint8_t* span, const uint8_t* b, int64_t groups, __m256i (&c)[P][R][2]) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    const uint8_t* a = span + R * kGroup;
+#pragma GCC unroll 4
+    for (int64_t g = 0; g < groups; ++g, a += R * kGroup, b += kGroupBytes) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+        const __m256i w[2] = {load(b + 64 * p), load(b + 64 * p + 32)};
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) add32(c[p][i], w, quad(a + i * kGroup), ones);
+      }
+    }
+  }
+
+  // R rows x 8 V columns.
+  template <int R, int V, bool kFetch>
+  static OCSQ_INLINE void strip(const uint8_t* span, const uint8_t* b, const uint8_t* next, const PairRun& run,
+                                int32_t* sums) {
+    constexpr int P = V / 2;
     for (int i = 0; i < R; ++i) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v += 2) {
-        __m256i s = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[i][v], c[i][v + 1]), 0xd8);
-        __m256i* at = reinterpret_cast<__m256i*>(sums + i * kPanel + 4 * v);
-        if (!block.first) s = _mm256_add_epi32(s, _mm256_loadu_si256(at));
-        _mm256_storeu_si256(at, s);
+      const __m256i from = _mm256_set1_epi32(run.offset[i]);
+      for (int v = 0; v < V; ++v) {
+        int32_t* at = sums + i * kPanel + 8 * v;
+        store(at, run.first ? from : _mm256_add_epi32(load(at), from));
       }
     }
+    const int64_t spans = (run.groups + kSpan - 1) / kSpan;
+    int64_t s = 0;
+    const auto advance = [&]() __attribute__((always_inline)) {
+      for (int v = 0; v < V * kSpan && kFetch; v += 2) {
+        _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
+      }
+      ++s;
+      span += span_bytes(R);
+      b += kSpan * kGroupBytes;
+      next += 32 * V * kSpan;
+    };
+    while (s < spans) {
+      if (run.fits[s]) {
+        add_span16<R, P>(span, b, sums);
+        advance();
+        continue;
+      }
+      __m256i c[P][R][2];
+      const auto at = [&](int p, int i, int v)
+                          __attribute__((always_inline)) { return sums + i * kPanel + 16 * p + 8 * v; };
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) c[p][i][0] = load(at(p, i, 0)), c[p][i][1] = load(at(p, i, 1));
+      }
+      do {
+        const int64_t left = run.groups - s * kSpan;
+        if (left >= kSpan) {
+          add_span32<R, P>(span, b, kSpan, c);
+        } else {
+          add_span32<R, P>(span, b, left, c);
+        }
+        advance();
+      } while (s < spans && !run.fits[s]);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) {
+#pragma GCC unroll 4
+        for (int i = 0; i < R; ++i) store(at(p, i, 0), c[p][i][0]), store(at(p, i, 1), c[p][i][1]);
+      }
+    }
+  }
+
+  // Clears the spans whose norms allow it.
+  static PairRun plan(const uint8_t* tile, const uint8_t* span, int rows, const Block& block, uint8_t* fits) {
+    const int64_t complete = block.groups / kSpan;
+    const uint8_t* norms = bounds(tile) + block.first_group / kSpan;
+    __m256i count = _mm256_setzero_si256();
+    int64_t s = 0;
+    for (; s + 16 <= complete; s += 16) {
+      const __m256i product = _mm256_mullo_epi16(load_u8(norms + s), load_u8(block.bounds + s));
+      const __m256i fit = _mm256_srli_epi16(_mm256_cmpgt_epi16(_mm256_set1_epi16(kMaxHalfNorms + 1), product), 15);
+      count = _mm256_add_epi16(count, fit);
+      const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(fit), _mm256_extracti128_si256(fit, 1));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(fits + s), bytes);
+    }
+    int64_t fitting = Simd::reduce_add(_mm256_madd_epi16(count, _mm256_set1_epi16(1)));
+    for (; s < complete; ++s) fitting += fits[s] = norms[s] * block.bounds[s] <= kMaxHalfNorms;
+    // A change from one to the other costs more than a few spans save.
+    if (4 * fitting < 3 * complete) std::memset(fits, 0, complete);
+    if (complete * kSpan < block.groups) fits[complete] = false;
+    __m128i offset = _mm_setzero_si128();
+    for (s = 0; s * kSpan < block.groups; ++s, span += span_bytes(rows)) {
+      if (fits[s]) continue;
+      const __m128i minus_lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(span));
+      offset = _mm_add_epi32(offset, _mm_madd_epi16(minus_lanes, _mm_set1_epi16(kOffset)));
+    }
+    PairRun run = {block, fits, {}};
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(run.offset), offset);
+    return run;
+  }
+
+  // The int16 tile: 8 columns at a time, 4 columns x 4 channels in a vector. The offset stays in.
+  template <int R>
+  static __attribute__((noinline)) void rows16(const int16_t* tile, const Block& block, int32_t* sums) {
+    for (int64_t j = 0; j < block.width; j += 8) {
+      const int16_t* a = tile;
+      const uint8_t* b = block.weights + j * kGroup;
+      __m256i c[R][2];
+      for (auto& row : c) row[0] = row[1] = _mm256_setzero_si256();
+      for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes) {
+        const __m256i w[2] = {load_u8(b), load_u8(b + 16)};
+#pragma GCC unroll 8
+        for (int i = 0; i < R; ++i, a += kGroup) {
+          int64_t quad;
+          std::memcpy(&quad, a, sizeof(quad));
+          const __m256i x = _mm256_set1_epi64x(quad);
+          add_int16(c[i], w, x);
+        }
+      }
+      for (int i = 0; i < R; ++i) {
+        __m256i s = _mm256_permute4x64_epi64(_mm256_hadd_epi32(c[i][0], c[i][1]), 0xd8);
+        int32_t* at = sums + i * kPanel + j;
+        store(at, block.first ? s : _mm256_add_epi32(s, load(at)));
+      }
+    }
+  }
+
+  static void multiply(int count, const uint8_t* tile, int64_t depth, const Block& block, int32_t* sums) {
+    if (is_wide(tile)) {
+      const int16_t* a = wide_codes(tile) + block.first_group * kGroup * count;
+      switch (count) {
+        case 1:
+          return rows16<1>(a, block, sums);
+        case 2:
+          return rows16<2>(a, block, sums);
+        case 3:
+          return rows16<3>(a, block, sums);
+        default:
+          return rows16<4>(a, block, sums);
+      }
+    }
+    uint8_t fits[kDepthBlock / kSpan];
+    const uint8_t* a = tile + header_bytes(depth) + block.first_group / kSpan * span_bytes(count);
+    const PairRun run = plan(tile, a, count, block, fits);
+    switch (count) {
+      case 1:
+        return rows<1, 8>(a, run, sums);
+      case 2:
+        return rows<2, 4>(a, run, sums);
+      case 3:
+        return rows<3, 2>(a, run, sums);
+      default:
+        return rows<4, 2>(a, run, sums);
+    }
+  }
+
+  // Picks the channel's weights by a one among zeros, then multiplies them by the rest, however large.
+  static void add_rests(const Rest* rests, int32_t count, const uint8_t* panel, int32_t* sums) {
+    __m256i c[8];
+    for (int v = 0; v < 8; ++v) c[v] = load(sums + 8 * v);
+    for (int32_t r = 0; r < count; ++r) {
+      const uint8_t* b = panel + rests[r].k / kGroup * kGroupBytes;
+      const __m256i one = _mm256_set1_epi32(rest_quad(rests[r], 1));
+      const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(rests[r].value));
+#pragma GCC unroll 8
+      for (int v = 0; v < 8; ++v) {
+        const __m256i picked = _mm256_maddubs_epi16(load(b + 32 * v), one);
+        c[v] = _mm256_add_epi32(c[v], _mm256_madd_epi16(picked, value));
+      }
+    }
+    for (int v = 0; v < 8; ++v) store(sums + 8 * v, c[v]);
   }
 };
 

@@ -1,9 +1,9 @@
 // AVX-512 with VNNI.
 //
-//   vpdpbusd  zmm   16 columns x 4 channels: unsigned activation byte times signed weight byte, summed into int32
+//   vpdpbusd  zmm   16 columns x 4 channels: unsigned weight byte times signed activation byte, summed into int32
 //
-// A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rest of an outlier is added to the
-// finished sums by the same instruction, in steps of at most 255.
+// A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rests are added to the finished sums by
+// the same instruction.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -26,10 +26,10 @@ namespace ocsquant {
 namespace {
 
 struct Narrow {
-  static OCSQ_INLINE bool block(const int16_t* codes, uint8_t* out) {
+  static OCSQ_INLINE bool block(const int16_t* codes, int8_t* out) {
     const __m512i code = _mm512_loadu_si512(codes);
     const __m256i body = _mm512_cvtsepi16_epi8(code);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_xor_si256(body, _mm256_set1_epi8(-128)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), body);
     return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code) != 0;
   }
 };
@@ -43,17 +43,14 @@ namespace ocsquant {
 namespace {
 
 struct Tile {
-  using Code = uint8_t;
   static constexpr int kRows = 6;
-  static constexpr bool kUnsigned = true;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 128, kDepthBlockFew = 1024;
   static constexpr int kVectors = kPanel / 16;
   static constexpr int64_t kPrefetch = 4096;
 
-  static void place(int16_t* codes, int64_t pitch, int rows, int64_t depth, Code* out, Rest* rests, int32_t* counts,
-                    int64_t capacity) {
-    place_uint8(codes, pitch, rows, depth, out, rests, counts, capacity);
-  }
+  static int64_t row_bytes(int64_t depth) { return depth; }
+  static constexpr auto rest_capacity = outlier_rests;
+  static constexpr auto place = place_int8;
 
   template <int R>
   static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
@@ -65,7 +62,7 @@ struct Tile {
         c[i][v] = block.first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + i * kPanel + 16 * v);
       }
     }
-    const int8_t* b = block.weights;
+    const uint8_t* b = block.weights;
     for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
       __m512i w[kVectors];
 #pragma GCC unroll 4
@@ -81,7 +78,7 @@ struct Tile {
         std::memcpy(&quad, a + i * kGroup, sizeof(quad));
         const __m512i x = _mm512_set1_epi32(quad);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], x, w[v]);
+        for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], w[v], x);
       }
     }
 #pragma GCC unroll 8
@@ -91,7 +88,8 @@ struct Tile {
     }
   }
 
-  static void multiply(int count, const Code* a, const Block& block, int32_t* sums) {
+  static void multiply(int count, const uint8_t* tile, int64_t, const Block& block, int32_t* sums) {
+    const uint8_t* a = tile + block.first_group * kGroup * count;
     switch (count) {
       case 1:
         return rows<1>(a, block, sums);
@@ -108,24 +106,20 @@ struct Tile {
     }
   }
 
-  static OCSQ_INLINE void add_rest(const Rest& rest, const int8_t* group, int32_t* sums) {
-    const int shift = 8 * (rest.k % kGroup);
-    __m512i part[kVectors];
-    for (auto& p : part) p = _mm512_setzero_si512();
-    for (int left = rest.value < 0 ? -rest.value : rest.value; left > 0; left -= 255) {
-      const uint32_t step = static_cast<uint32_t>(left > 255 ? 255 : left) << shift;
-      const __m512i x = _mm512_set1_epi32(static_cast<int32_t>(step));
+  static void add_rests(const Rest* rests, int32_t count, const uint8_t* panel, int32_t* sums) {
+    __m512i c[kVectors];
+    for (int v = 0; v < kVectors; ++v) c[v] = _mm512_loadu_si512(sums + 16 * v);
+    for (int32_t r = 0; r < count; ++r) {
+      const uint8_t* group = panel + rests[r].k / kGroup * kGroupBytes;
+      for (int left = rests[r].value; left != 0; left -= rest_step(left)) {
+        const __m512i x = _mm512_set1_epi32(rest_quad(rests[r], rest_step(left)));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        part[v] = _mm512_dpbusd_epi32(part[v], x, _mm512_loadu_si512(group + 64 * v));
+        for (int v = 0; v < kVectors; ++v) {
+          c[v] = _mm512_dpbusd_epi32(c[v], _mm512_loadu_si512(group + 64 * v), x);
+        }
       }
     }
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      const __m512i sum = _mm512_loadu_si512(sums + 16 * v);
-      _mm512_storeu_si512(sums + 16 * v,
-                          rest.value < 0 ? _mm512_sub_epi32(sum, part[v]) : _mm512_add_epi32(sum, part[v]));
-    }
+    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + 16 * v, c[v]);
   }
 };
 

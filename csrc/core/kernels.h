@@ -9,6 +9,10 @@ namespace ocsquant {
 constexpr int64_t kPanel = 64;
 constexpr int64_t kGroup = 4;
 constexpr int64_t kGroupBytes = kPanel * kGroup;
+// Groups that 16-bit sums may run over before they are widened; a packed weight holds one bound for each (see pack.h).
+constexpr int64_t kSpan = 4;
+// What is added to a weight code when it is packed, so that the byte is unsigned.
+constexpr int kOffset = 128;
 // 131072 * 128 * 127 < 2^31: the int32 sums of a row cannot overflow up to this many columns, tail included.
 constexpr int64_t kMaxDepth = 131072;
 constexpr int64_t kMaxOutliers = 64;
@@ -33,7 +37,7 @@ struct Rest {
 
 // A packed weight, immutable: n x k codes and n x tail codes of split channels (pack.h has the layout).
 struct PackedWeight {
-  const int8_t* packed;
+  const uint8_t* packed;
   int64_t n, k, tail;
   const int32_t* tail_index;  // [tail], ascending: the input channel each tail column adds to
   const float* scale;         // [n]
@@ -41,25 +45,28 @@ struct PackedWeight {
   int64_t groups() const { return (k + kGroup - 1) / kGroup + (tail + kGroup - 1) / kGroup; }
   int64_t depth() const { return groups() * kGroup; }
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
-  int64_t panel_bytes() const { return (groups() + 1) * kGroupBytes; }
+  int64_t spans() const { return (groups() + kSpan - 1) / kSpan; }
+  int64_t bound_blocks() const { return (spans() + kGroupBytes - 1) / kGroupBytes; }
+  int64_t panel_bytes() const { return (groups() + bound_blocks()) * kGroupBytes; }
 };
 
-// Quantized tokens in the order the kernels read them: tiles of row_tile rows, each [depth/4][rows][4] codes.
+// Quantized tokens as one instruction set wants them, in tiles of row_tile rows.
 struct Activations {
-  uint8_t* codes;       // rows * depth * code_bytes
-  float* step;          // [rows]; NaN for a row that held NaN or Inf
-  Rest* rests;          // [rows][rest_capacity]
-  int32_t* rest_count;  // [rows]
+  uint8_t* codes;         // [rows][row_bytes], a tile's rows together
+  float* step;            // [rows]; NaN for a row that held NaN or Inf
+  Rest* rests;            // [rows][rest_capacity]
+  int32_t* rest_count;    // [rows]
+  int32_t* offset_codes;  // [rows]: the sum of the codes whose products still contain the weights' kOffset
   int64_t rows;
+  int64_t row_bytes;
   int64_t rest_capacity;
 };
 
 struct LinearKernels {
   int64_t row_tile;
-  int64_t code_bytes;   // bytes of one activation code
-  bool uses_rests;      // false where the codes themselves are wide enough
-  int64_t row_block;    // rows whose partial sums multiply() keeps at a time
-  int64_t depth_block;  // groups of one pass over a panel
+  int64_t row_block;  // rows whose partial sums multiply() keeps at a time
+  int64_t (*row_bytes)(int64_t depth);
+  int64_t (*rest_capacity)(int64_t depth, int max_outliers);
   // Quantizes rows [first, last) of x (first a multiple of row_tile); scratch from quantize_scratch_bytes().
   void (*quantize)(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
                    int64_t first, int64_t last, void* scratch);

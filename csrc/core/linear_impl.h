@@ -1,30 +1,57 @@
 // The quantized linear, written once over Simd and a Tile (the integer micro-kernel of one instruction set). Included
 // inside a target region. Tile provides:
-//   Code           what one activation code is stored as
-//   kRows          rows of a tile; kUnsigned: codes are stored + 128, and 128 * column sum is taken off again
-//   place(codes, rows, depth, out, rests, counts, capacity)   row-major int16 codes to [depth/4][rows][4] Code
-//   multiply(rows, a, block, sums)   sums[row][64] (+)= a * block for the columns below block.width
-//   add_rest(rest, group, sums)                                sums[64] += rest.value * (column rest.k of the panel)
+//   kRows                                     rows of a tile
+//   row_bytes(depth)                          bytes of memory for each row of a tile, laid out as the Tile likes
+//   rest_capacity(depth, max_outliers)
+//   place(codes, pitch, depth, out)           row-major int16 codes (its to overwrite) to that memory; fills TileRows
+//   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
+//   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (kOffset + codes of column rest.k)
 #pragma once
 
 namespace ocsquant {
 namespace {
 
-// A run of groups of one panel.
+// A run of groups of one panel, starting with a span.
 struct Block {
-  const int8_t* weights;
+  const uint8_t* weights;
+  const uint8_t* bounds;  // of its spans
+  int64_t first_group;
   int64_t groups;
   int64_t width;  // columns that exist
   int64_t ahead;  // bytes to the weights that will be needed next, to be fetched into the cache; 0: none
   bool first;     // start the sums instead of adding to them
 };
 
+// Where a tile and what belongs to its rows are kept.
+struct TileRows {
+  int rows;
+  int64_t panels;  // of the weight it will be multiplied with
+  uint8_t* tile;
+  Rest* rests;
+  int64_t rest_capacity;
+  int32_t* rest_count;
+  int32_t* offset_codes;
+};
+
+inline int32_t sum_of(const int16_t* codes, int64_t depth) {
+  int32_t sum = 0;
+  for (int64_t k = 0; k < depth; ++k) sum += codes[k];
+  return sum;
+}
+
+// A rest is multiplied in steps that a signed byte holds, as the only byte of a quad.
+OCSQ_INLINE int rest_step(int left) { return left > 127 ? 127 : left < -127 ? -127 : left; }
+OCSQ_INLINE int32_t rest_quad(const Rest& rest, int step) {
+  return static_cast<int32_t>(static_cast<uint32_t>(step & 0xff) << (8 * (rest.k % kGroup)));
+}
+
 template <class Tile>
 void quantize(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
               int64_t first, int64_t last, void* scratch) {
   const int64_t depth = w.depth(), base = (w.k + kGroup - 1) / kGroup * kGroup;
-  // A row's codes are written in blocks of 64, the tail then over what lies beyond the base.
-  const int64_t pitch = (w.k + 63) / 64 * 64 + (depth - base);
+  // A row's codes are written in blocks of 64, then the tail over what lies beyond the base, then zeros to whole spans.
+  const int64_t padded = (depth + kSpan * kGroup - 1) / (kSpan * kGroup) * (kSpan * kGroup);
+  const int64_t pitch = (w.k + 63) / 64 * 64 + (padded - base);
   int16_t* codes = static_cast<int16_t*>(scratch);
   float* wide = reinterpret_cast<float*>(codes + (Tile::kRows * pitch + 31) / 32 * 32);
   for (int64_t m = first; m < last; m += Tile::kRows) {
@@ -40,10 +67,11 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
       int16_t* out = codes + i * pitch;
       a.step[m + i] = quantize_row(row, w.k, how, out);
       for (int64_t e = 0; e < w.tail; ++e) out[base + e] = out[w.tail_index[e]];
-      for (int64_t e = base + w.tail; e < depth; ++e) out[e] = 0;
+      for (int64_t e = base + w.tail; e < padded; ++e) out[e] = 0;
     }
-    Tile::place(codes, pitch, rows, depth, reinterpret_cast<typename Tile::Code*>(a.codes) + m * depth,
-                a.rests + m * a.rest_capacity, a.rest_count + m, a.rest_capacity);
+    Tile::place(codes, pitch, depth,
+                TileRows{rows, w.panels(), a.codes + m * a.row_bytes, a.rests + m * a.rest_capacity, a.rest_capacity,
+                         a.rest_count + m, a.offset_codes + m});
   }
 }
 
@@ -51,16 +79,14 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
 struct Epilogue {
   const float* scale;
   const float* bias;
-  const int32_t* column_sum;
   int64_t width;
   float edge_scale[kPanel], edge_bias[kPanel];
 
-  OCSQ_INLINE Epilogue(const PackedWeight& w, int64_t panel, const int8_t* sums) {
+  OCSQ_INLINE Epilogue(const PackedWeight& w, int64_t panel) {
     const int64_t n0 = panel * kPanel;
     width = w.n - n0 < kPanel ? w.n - n0 : kPanel;
     scale = w.scale + n0;
     bias = w.bias != nullptr ? w.bias + n0 : nullptr;
-    column_sum = reinterpret_cast<const int32_t*>(sums);
     if (width < kPanel) {
       std::memset(edge_scale, 0, sizeof(edge_scale));
       std::memcpy(edge_scale, scale, width * sizeof(float));
@@ -73,30 +99,28 @@ struct Epilogue {
     }
   }
 
-  template <bool kUnsigned>
-  OCSQ_INLINE void columns(const int32_t* sums, float step, float* y) const {
+  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, float* y) const {
     const Simd::F t = Simd::set1(step);
+    const Simd::I o = Simd::set1_i(offset);
     for (int64_t j = 0; j < width; j += Simd::W) {
-      Simd::I sum = Simd::load_i(sums + j);
-      if constexpr (kUnsigned) sum = Simd::sub_i(sum, Simd::shift_left_7(Simd::load_i(column_sum + j)));
+      const Simd::I sum = Simd::sub_i(Simd::load_i(sums + j), o);
       Simd::F v = Simd::mul(Simd::to_float(sum), Simd::mul(t, Simd::load(scale + j)));
       if (bias != nullptr) v = Simd::add(v, Simd::load(bias + j));
       Simd::store(y + j, v);
     }
   }
 
-  template <bool kUnsigned>
-  OCSQ_INLINE void row(const int32_t* sums, float step, void* y, Float dtype, int64_t offset) const {
+  OCSQ_INLINE void row(const int32_t* sums, int32_t offset, float step, void* y, Float dtype, int64_t at) const {
     if (dtype == Float::f32 && width == kPanel) {
-      columns<kUnsigned>(sums, step, static_cast<float*>(y) + offset);
+      columns(sums, offset, step, static_cast<float*>(y) + at);
       return;
     }
     float block[kPanel];
-    columns<kUnsigned>(sums, step, block);
+    columns(sums, offset, step, block);
     if (dtype == Float::f32) {
-      std::memcpy(static_cast<float*>(y) + offset, block, width * sizeof(float));
+      std::memcpy(static_cast<float*>(y) + at, block, width * sizeof(float));
     } else {
-      narrow(block, width, static_cast<uint16_t*>(y) + offset);
+      narrow(block, width, static_cast<uint16_t*>(y) + at);
     }
   }
 };
@@ -104,16 +128,13 @@ struct Epilogue {
 // Kept out of multiply(): together they spill the accumulators of the inner loop (GCC 12).
 template <class Tile>
 __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& w, const Epilogue& epilogue,
-                                      const int8_t* base, int64_t m, int rows, int32_t* sums, void* y, Float dtype,
+                                      const uint8_t* weights, int64_t m, int rows, int32_t* sums, void* y, Float dtype,
                                       int64_t panel) {
-  for (int i = 0; i < rows; ++i, sums += kPanel) {
-    if constexpr (Tile::kUnsigned) {
-      const Rest* rests = a.rests + (m + i) * a.rest_capacity;
-      for (int32_t r = 0; r < a.rest_count[m + i]; ++r) {
-        Tile::add_rest(rests[r], base + rests[r].k / kGroup * kGroupBytes, sums);
-      }
-    }
-    epilogue.row<Tile::kUnsigned>(sums, a.step[m + i], y, dtype, (m + i) * w.n + panel * kPanel);
+  for (int64_t i = m; i < m + rows; ++i, sums += kPanel) {
+    if (a.rest_count[i] > 0) Tile::add_rests(a.rests + i * a.rest_capacity, a.rest_count[i], weights, sums);
+    // Modulo 2^32, as the sums are: only the corrected sum fits for certain.
+    const int32_t offset = static_cast<int32_t>(kOffset * static_cast<uint32_t>(a.offset_codes[i]));
+    epilogue.row(sums, offset, a.step[i], y, dtype, i * w.n + panel * kPanel);
   }
 }
 
@@ -121,23 +142,24 @@ template <class Tile>
 void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
               int64_t panel, int32_t* scratch) {
   const int64_t groups = w.groups(), depth = w.depth();
-  const int8_t* base = w.packed + panel * w.panel_bytes();
-  const Epilogue epilogue(w, panel, base + groups * kGroupBytes);
-  const typename Tile::Code* codes = reinterpret_cast<const typename Tile::Code*>(a.codes);
+  const uint8_t* weights = w.packed + panel * w.panel_bytes();
+  const uint8_t* bounds = weights + groups * kGroupBytes;
+  const Epilogue epilogue(w, panel);
   // Equal blocks, so that a tail never becomes a tiny last one.
   const int64_t limit = last - first <= Tile::kRows ? Tile::kDepthBlockFew : Tile::kDepthBlock;
-  const int64_t blocks = (groups + limit - 1) / limit, block = blocks > 0 ? (groups + blocks - 1) / blocks : 0;
+  const int64_t blocks = (groups + limit - 1) / limit;
+  const int64_t block = blocks > 0 ? ((groups + blocks - 1) / blocks + kSpan - 1) / kSpan * kSpan : 0;
   int64_t g = 0;
   do {
     const int64_t length = groups - g < block ? groups - g : block;
     int32_t* sums = scratch;
-    const int8_t* b = base + g * kGroupBytes;
     for (int64_t m = first; m < last; m += Tile::kRows) {
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
-      const typename Tile::Code* tile = codes + m * depth + g * kGroup * rows;
       const int64_t ahead = m == first ? length * kGroupBytes : 0;
-      Tile::multiply(rows, tile, Block{b, length, epilogue.width, ahead, g == 0}, sums);
-      if (g + length == groups) finish<Tile>(a, w, epilogue, base, m, rows, sums, y, dtype, panel);
+      Tile::multiply(rows, a.codes + m * a.row_bytes, depth,
+                     Block{weights + g * kGroupBytes, bounds + g / kSpan, g, length, epilogue.width, ahead, g == 0},
+                     sums);
+      if (g + length == groups) finish<Tile>(a, w, epilogue, weights, m, rows, sums, y, dtype, panel);
       if (blocks > 1) sums += Tile::kRows * kPanel;
     }
     g += length;
@@ -146,9 +168,7 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
 
 template <class Tile>
 constexpr LinearKernels linear_kernels() {
-  return {Tile::kRows,     sizeof(typename Tile::Code), Tile::kUnsigned,
-          Tile::kRowBlock, Tile::kDepthBlock,           quantize<Tile>,
-          multiply<Tile>};
+  return {Tile::kRows, Tile::kRowBlock, Tile::row_bytes, Tile::rest_capacity, quantize<Tile>, multiply<Tile>};
 }
 
 constexpr FakeQuantizeKernels kFakeQuantize = {fake_quantize_forward, fake_quantize_backward};

@@ -6,45 +6,62 @@
 namespace ocsquant {
 namespace {
 
-// One block of a panel: `channels` columns of the row-major matrix, `width` valid outputs.
-void pack_block(const int8_t* codes, int64_t width, int64_t channels, int8_t* block, int32_t* sums) {
+// Where column j's channel c lies in a run of groups.
+int64_t place(int64_t j, int64_t c) { return c / kGroup * kGroupBytes + j * kGroup + c % kGroup; }
+
+void pack_block(const int8_t* codes, int64_t width, int64_t channels, uint8_t* block) {
   for (int64_t j = 0; j < width; ++j) {
-    const int8_t* row = codes + j * channels;
     for (int64_t c = 0; c < channels; ++c) {
-      block[(c / kGroup) * kGroupBytes + j * kGroup + c % kGroup] = row[c];
-      sums[j] += row[c];
+      block[place(j, c)] = static_cast<uint8_t>(codes[j * channels + c] + kOffset);
     }
   }
 }
 
-void unpack_block(const int8_t* block, int64_t width, int64_t channels, int8_t* codes) {
+void unpack_block(const uint8_t* block, int64_t width, int64_t channels, int8_t* codes) {
   for (int64_t j = 0; j < width; ++j) {
     for (int64_t c = 0; c < channels; ++c) {
-      codes[j * channels + c] = block[(c / kGroup) * kGroupBytes + j * kGroup + c % kGroup];
+      codes[j * channels + c] = static_cast<int8_t>(block[place(j, c)] - kOffset);
     }
   }
+}
+
+uint8_t bound_of(const uint8_t* span, int64_t groups) {
+  int32_t largest = 0;
+  for (int64_t lane = 0; lane < kGroupBytes; lane += 2) {
+    int32_t squares = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      const int first = span[g * kGroupBytes + lane] - kOffset, second = span[g * kGroupBytes + lane + 1] - kOffset;
+      squares += first * first + second * second;
+    }
+    largest = std::max(largest, squares);
+  }
+  return half_norm(largest);
 }
 
 }  // namespace
 
-void pack_panels(const int8_t* codes, const int8_t* tail, int64_t n, int64_t k, int64_t e, int8_t* packed) {
-  const int64_t base = groups_of(k) * kGroupBytes, extra = groups_of(e) * kGroupBytes;
-  for (int64_t first = 0; first < n; first += kPanel, packed += base + extra + kGroupBytes) {
-    const int64_t width = std::min(kPanel, n - first);
-    std::memset(packed, 0, base + extra);
-    int32_t sums[kPanel] = {};
-    pack_block(codes + first * k, width, k, packed, sums);
-    if (e > 0) pack_block(tail + first * e, width, e, packed + base, sums);
-    std::memcpy(packed + base + extra, sums, sizeof(sums));
+void pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight& shape, uint8_t* packed) {
+  const int64_t k = shape.k, e = shape.tail, groups = shape.groups();
+  for (int64_t first = 0; first < shape.n; first += kPanel, packed += shape.panel_bytes()) {
+    const int64_t width = std::min(kPanel, shape.n - first);
+    std::memset(packed, kOffset, groups * kGroupBytes);
+    pack_block(codes + first * k, width, k, packed);
+    if (e > 0) pack_block(tail + first * e, width, e, packed + groups_of(k) * kGroupBytes);
+    uint8_t* bounds = packed + groups * kGroupBytes;
+    std::memset(bounds, 0, shape.bound_blocks() * kGroupBytes);
+    for (int64_t s = 0; s < shape.spans(); ++s) {
+      bounds[s] = bound_of(packed + s * kSpan * kGroupBytes, std::min(kSpan, groups - s * kSpan));
+    }
   }
 }
 
-void unpack_panels(const int8_t* packed, int64_t n, int64_t k, int64_t e, int8_t* codes, int8_t* tail) {
-  const int64_t base = groups_of(k) * kGroupBytes, extra = groups_of(e) * kGroupBytes;
-  for (int64_t first = 0; first < n; first += kPanel, packed += base + extra + kGroupBytes) {
-    const int64_t width = std::min(kPanel, n - first);
-    unpack_block(packed, width, k, codes + first * k);
-    if (e > 0) unpack_block(packed + base, width, e, tail + first * e);
+void unpack_panels(const PackedWeight& weight, int8_t* codes, int8_t* tail) {
+  const int64_t k = weight.k, e = weight.tail;
+  const uint8_t* panel = weight.packed;
+  for (int64_t first = 0; first < weight.n; first += kPanel, panel += weight.panel_bytes()) {
+    const int64_t width = std::min(kPanel, weight.n - first);
+    unpack_block(panel, width, k, codes + first * k);
+    if (e > 0) unpack_block(panel + groups_of(k) * kGroupBytes, width, e, tail + first * e);
   }
 }
 

@@ -1,8 +1,12 @@
-// The P8 layout: [ceil(n/64)] panels of [k/4 groups of the weight][tail/4 groups of the split channels][1 group of
-// sums], every group 64 columns x 4 channels of int8, columns outermost. One 64-byte vector holds 16 columns x 4
-// channels, so the same bytes serve 128-, 256- and 512-bit kernels. The last group holds 64 int32: the sum of each
-// column's codes.
+// The P8 layout: [ceil(n/64)] panels of [k/4 groups of the weight][tail/4 groups of the split channels][bounds]. A
+// group is 64 columns x 4 channels, columns outermost, each byte code + 128. One 64-byte vector holds 16 columns x 4
+// channels, so the same bytes serve 128-, 256- and 512-bit kernels.
+//
+// The bounds are a byte for every span of 4 groups: at least half the Euclidean norm of the codes that any 16-bit lane
+// of that span holds (a column's channels 0 and 1 of each group, or its channels 2 and 3). By Cauchy and Schwarz they
+// tell a kernel that a lane's sum of products fits.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 #include "kernels.h"
@@ -11,8 +15,15 @@ namespace ocsquant {
 
 inline int64_t groups_of(int64_t channels) { return (channels + kGroup - 1) / kGroup; }
 
-// codes [n][k] and tail [n][e] (or null) to packed; padding is zero.
-void pack_panels(const int8_t* codes, const int8_t* tail, int64_t n, int64_t k, int64_t e, int8_t* packed);
-void unpack_panels(const int8_t* packed, int64_t n, int64_t k, int64_t e, int8_t* codes, int8_t* tail);
+// Half a norm of `squares`, rounded up: below 256, as 8 codes of -128 have a norm of 362.1.
+inline uint8_t half_norm(int32_t squares) {
+  return static_cast<uint8_t>(std::sqrt(static_cast<float>(squares)) * 0.5f + 0.9999f);
+}
+// Norms that multiply to less than 2^15.
+constexpr int kMaxHalfNorms = 8191;
+
+// codes [n][k] and tail [n][e] (or null) to packed; padding holds code 0.
+void pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight& shape, uint8_t* packed);
+void unpack_panels(const PackedWeight& weight, int8_t* codes, int8_t* tail);
 
 }  // namespace ocsquant

@@ -18,26 +18,28 @@ namespace ocsquant {
 namespace {
 
 struct Tile {
-  using Code = int16_t;
   static constexpr int kRows = 4;
-  static constexpr bool kUnsigned = false;
   static constexpr int64_t kRowBlock = 64, kDepthBlock = 64, kDepthBlockFew = 64;
 
-  static void place(int16_t* codes, int64_t pitch, int rows, int64_t depth, Code* out, Rest*, int32_t* counts,
-                    int64_t) {
-    place_int16(codes, pitch, rows, depth, out);
-    for (int i = 0; i < rows; ++i) counts[i] = 0;
+  static int64_t row_bytes(int64_t depth) { return depth * static_cast<int64_t>(sizeof(int16_t)); }
+  static int64_t rest_capacity(int64_t, int) { return 0; }
+  static void add_rests(const Rest*, int32_t, const uint8_t*, int32_t*) {}
+
+  static void place(int16_t* codes, int64_t pitch, int64_t depth, const TileRows& out) {
+    place_int16(codes, pitch, depth, out.rows, reinterpret_cast<int16_t*>(out.tile));
+    for (int i = 0; i < out.rows; ++i) out.rest_count[i] = out.offset_codes[i] = 0;
   }
 
-  static void multiply(int rows, const Code* a, const Block& block, int32_t* sums) {
+  static void multiply(int rows, const uint8_t* tile, int64_t, const Block& block, int32_t* sums) {
     if (block.first) std::memset(sums, 0, rows * kPanel * sizeof(int32_t));
-    const int8_t* b = block.weights;
+    const int16_t* a = reinterpret_cast<const int16_t*>(tile) + block.first_group * kGroup * rows;
+    const uint8_t* b = block.weights;
     for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes) {
       for (int i = 0; i < rows; ++i, a += kGroup) {
         int32_t* s = sums + i * kPanel;
         for (int64_t j = 0; j < block.width; ++j) {
-          const int8_t* c = b + j * kGroup;
-          s[j] += a[0] * c[0] + a[1] * c[1] + a[2] * c[2] + a[3] * c[3];
+          const uint8_t* c = b + j * kGroup;
+          s[j] += a[0] * (c[0] - kOffset) + a[1] * (c[1] - kOffset) + a[2] * (c[2] - kOffset) + a[3] * (c[3] - kOffset);
         }
       }
     }

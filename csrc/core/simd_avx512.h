@@ -26,7 +26,6 @@ struct Simd {
   static OCSQ_INLINE I set1_i(int32_t v) { return _mm512_set1_epi32(v); }
   static OCSQ_INLINE I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
   static OCSQ_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
-  static OCSQ_INLINE I shift_left_7(I a) { return _mm512_slli_epi32(a, 7); }
   static OCSQ_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }

@@ -29,7 +29,6 @@ struct Simd {
   static I set1_i(int32_t v) { return v; }
   static I load_i(const int32_t* p) { return *p; }
   static I sub_i(I a, I b) { return a - b; }
-  static I shift_left_7(I a) { return static_cast<I>(static_cast<uint32_t>(a) << 7); }
   static F to_float(I v) { return static_cast<float>(v); }
   static I abs_bits(F v) {
     int32_t bits;

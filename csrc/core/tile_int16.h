@@ -1,17 +1,13 @@
-// Places int16 codes for kernels that multiply 16-bit pairs: the code of an outlier needs no splitting there, the width
-// of the operand holds body and rest together. Included inside a target region.
+// Tiles of int16 codes, [depth/4][rows][4], for kernels that multiply 16-bit pairs: the code of an outlier needs no
+// splitting there, the width of the operand holds body and rest together. Included inside a target region.
 #pragma once
 
 namespace ocsquant {
 namespace {
 
-inline void place_int16(const int16_t* codes, int64_t pitch, int rows, int64_t depth, int16_t* out) {
-  if (rows == 1) {
-    std::memcpy(out, codes, depth * sizeof(int16_t));
-    return;
-  }
+inline void place_int16(const int16_t* codes, int64_t pitch, int64_t depth, int rows, int16_t* tile) {
   for (int64_t k = 0; k < depth; k += kGroup) {
-    for (int i = 0; i < rows; ++i, out += kGroup) std::memcpy(out, codes + i * pitch + k, kGroup * sizeof(int16_t));
+    for (int i = 0; i < rows; ++i, tile += kGroup) std::memcpy(tile, codes + i * pitch + k, kGroup * sizeof(int16_t));
   }
 }
 

@@ -65,6 +65,9 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
     case ScalarType::Char:
       code = aoti_torch_dtype_int8();
       break;
+    case ScalarType::Byte:
+      code = aoti_torch_dtype_uint8();
+      break;
     default:
       OCSQ_CHECK(false, "empty_cpu: no such dtype");
   }

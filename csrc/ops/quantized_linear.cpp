@@ -37,23 +37,25 @@ TokenQuantizer check_quantizer(int64_t bits, int64_t max_outliers, double thresh
 
 void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
   const LinearKernels& kernels = cpu_kernels().linear;
-  const int64_t capacity = kernels.uses_rests ? 2 * how.max_outliers : 0;  // an outlier's tail column repeats it
+  const int64_t capacity = kernels.rest_capacity(w.depth(), how.max_outliers), row_bytes = kernels.row_bytes(w.depth());
   const int64_t tiles = (m + kernels.row_tile - 1) / kernels.row_tile;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = m * w.k > kSerialValues ? std::min(tiles, threads) : 1;
-  const int64_t codes = align64(m * w.depth() * kernels.code_bytes), steps = align64(m * sizeof(float));
+  const int64_t codes = align64(m * row_bytes), steps = align64(m * sizeof(float));
   const int64_t rests = align64(m * capacity * sizeof(Rest)), counts = align64(m * sizeof(int32_t));
   const int64_t scratch = align64(quantize_scratch_bytes(w, kernels.row_tile));
-  const Buffer buffer(codes + steps + rests + counts + chunks * scratch);
+  const Buffer buffer(codes + steps + rests + 2 * counts + chunks * scratch);
   const Activations a = {buffer.at<uint8_t>(0),
                          buffer.at<float>(codes),
                          buffer.at<Rest>(codes + steps),
                          buffer.at<int32_t>(codes + steps + rests),
+                         buffer.at<int32_t>(codes + steps + rests + counts),
                          m,
+                         row_bytes,
                          capacity};
   parallel_chunks(tiles, chunks, [&](int64_t i, int64_t first, int64_t last) {
     kernels.quantize(x, dtype, how, w, a, first * kernels.row_tile, std::min(m, last * kernels.row_tile),
-                     buffer.at<void>(codes + steps + rests + counts + i * scratch));
+                     buffer.at<void>(codes + steps + rests + 2 * counts + i * scratch));
   });
   const int64_t panels = w.panels(), blocks = (m + kernels.row_block - 1) / kernels.row_block;
   const auto multiply = [&](int64_t b, int64_t e) {
@@ -74,17 +76,17 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold) {
   const Float dtype = check_float(kOp, "x", x);
   OCSQ_CHECK(x.dim() >= 1, kOp, ": x must have at least one dimension, got a scalar");
-  check_tensor(kOp, "packed", packed, ScalarType::Char, 4);
+  check_tensor(kOp, "packed", packed, ScalarType::Byte, 4);
   check_tensor(kOp, "scale", scale, ScalarType::Float, 1);
   const int64_t k = x.size(-1), n = scale.numel(), e = tail_index.has_value() ? tail_index->numel() : 0;
   OCSQ_CHECK(k + e <= kMaxDepth, kOp, ": x must have at most ", kMaxDepth - e,
              " columns, the limit of exact int32 sums, got ", k);
   PackedWeight w = {nullptr, n, k, e, nullptr, nullptr, nullptr};
-  OCSQ_CHECK(packed.size(0) == w.panels() && packed.size(1) == w.groups() + 1 && packed.size(2) == kPanel &&
-                 packed.size(3) == kGroup,
-             kOp, ": packed must be [", w.panels(), ", ", w.groups() + 1, ", 64, 4] for ", n, " scales, ", k,
-             " columns of x and ", e, " tail columns, got [", packed.size(0), ", ", packed.size(1), ", ",
-             packed.size(2), ", ", packed.size(3), "]");
+  OCSQ_CHECK(packed.size(0) == w.panels() && packed.size(1) == w.groups() + w.bound_blocks() &&
+                 packed.size(2) == kPanel && packed.size(3) == kGroup,
+             kOp, ": packed must be [", w.panels(), ", ", w.groups() + w.bound_blocks(), ", 64, 4] for ", n,
+             " scales, ", k, " columns of x and ", e, " tail columns, got [", packed.size(0), ", ", packed.size(1),
+             ", ", packed.size(2), ", ", packed.size(3), "]");
   const TokenQuantizer how = check_quantizer(bits, max_outliers, threshold);
   const Tensor dense_x = dense(x), dense_packed = dense(packed), dense_scale = dense(scale);
   std::optional<Tensor> dense_bias, dense_index;
@@ -99,7 +101,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
     w.tail_index = dense_index->const_data_ptr<int32_t>();
     check_tail_index(w.tail_index, e, k);
   }
-  w.packed = dense_packed.const_data_ptr<int8_t>();
+  w.packed = dense_packed.const_data_ptr<uint8_t>();
   w.scale = dense_scale.const_data_ptr<float>();
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = n;

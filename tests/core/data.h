@@ -46,6 +46,7 @@ enum Fill {
   kNonFinite,  // NaN or Inf somewhere
   kFloatMax,   // squares, or the products of the epilogue, overflow
   kEdge,       // codes just around +-127, where body and rest part
+  kHalf,       // codes of +-60 to +-67, alike but for one value: pairs and 16-bit sums at their limits
   kFills
 };
 
@@ -120,6 +121,15 @@ inline void fill_token(Random& r, int fill, const ocsquant::TokenQuantizer& how,
       }
       break;
     }
+    case kHalf: {
+      const float part = static_cast<float>(60 + r.below(8)) / 127.0f;
+      for (int64_t j = 0; j < k; ++j) x[j] = size * part;
+      if (r.next() % 2 == 0) {
+        for (int64_t j = 0; j < k; ++j) x[j] *= r.sign();
+      }
+      somewhere() = size * r.sign();
+      break;
+    }
     default:
       break;
   }
@@ -169,9 +179,21 @@ inline void make_tokens(int64_t m, int64_t k, uint64_t seed, int fill, Tokens& t
   quantize_tokens(t);
 }
 
-enum WeightFill { kFull, kAllTop, kAllBottom, kExtremes, kZeros, kFourBit, kWithMinus128, kWeightFills };
+enum WeightFill {
+  kFull,
+  kAllTop,
+  kAllBottom,
+  kExtremes,
+  kZeros,
+  kFourBit,
+  kWithMinus128,
+  kBell,
+  kHalfTop,
+  kWeightFills
+};
 
 inline void fill_codes(Random& r, int fill, std::vector<int8_t>& codes) {
+  const int half = 60 + static_cast<int>(r.below(9));
   for (auto& c : codes) {
     const uint64_t v = r.next() >> 40;
     switch (fill) {
@@ -192,6 +214,12 @@ inline void fill_codes(Random& r, int fill, std::vector<int8_t>& codes) {
         break;
       case kWithMinus128:
         c = static_cast<int8_t>(v);
+        break;
+      case kBell:  // as trained weights are
+        c = static_cast<int8_t>(std::max(-127.0f, std::min(127.0f, 32.0f * r.gauss())));
+        break;
+      case kHalfTop:  // with kHalf, 16-bit sums at their limit
+        c = static_cast<int8_t>(half);
         break;
       default:
         c = static_cast<int8_t>(static_cast<int>(v % 255) - 127);

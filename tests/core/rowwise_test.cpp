@@ -1,5 +1,6 @@
 // What works on rows of floats: fake quantization and the bf16 conversions; and the packing and the choice of a level.
 #include <cstring>
+#include <map>
 
 #include "core/pack.h"
 #include "tests.h"
@@ -122,33 +123,41 @@ void test_packing(Level& level) {
         Case c(level, "pack n %ld k %ld e %ld", long(n), long(k), long(e));
         make_weight(n, k, e, mix(n, k, e), kWithMinus128, w);
         const Side side = kSides[(n + k + e) % 2];
-        const int64_t groups = ocsquant::groups_of(k) + ocsquant::groups_of(e), panels = (n + kPanel - 1) / kPanel;
-        const int64_t bytes = panels * (groups + 1) * kGroupBytes;
+        ocsquant::PackedWeight shape = {nullptr, n, k, e, nullptr, nullptr, nullptr};
+        const int64_t groups = (k + 3) / 4 + (e + 3) / 4, panels = (n + kPanel - 1) / kPanel;
+        const int64_t panel_bytes = (groups + (groups + 1023) / 1024) * kGroupBytes, bytes = panels * panel_bytes;
+        c.check(shape.panel_bytes() == panel_bytes, "panel_bytes is %ld", long(shape.panel_bytes()));
         const int8_t* codes = codes_arena.copy(w.codes.data(), n * k, side);
         const int8_t* tail = e > 0 ? tail_arena.copy(w.tail.data(), n * e, side) : nullptr;
-        int8_t* packed = packed_arena.place<int8_t>(bytes, side);
-        ocsquant::pack_panels(codes, tail, n, k, e, packed);
+        uint8_t* packed = packed_arena.place<uint8_t>(bytes, side);
+        ocsquant::pack_panels(codes, tail, shape, packed);
         c.check(packed_arena.intact(), "bytes beside packed were written");
 
         // The layout of pack.h, entry by entry: panel, group, column, channel within the group.
-        std::vector<int8_t> want(bytes, 0);
+        std::vector<uint8_t> want(bytes, 128);
+        for (int64_t i = 0; i < panels; ++i) {
+          std::fill_n(want.begin() + i * panel_bytes + groups * kGroupBytes, panel_bytes - groups * kGroupBytes, 0);
+        }
         for (int64_t j = 0; j < n; ++j) {
-          int8_t* panel = want.data() + j / kPanel * (groups + 1) * kGroupBytes;
-          int32_t sum = 0;
+          uint8_t* panel = want.data() + j / kPanel * panel_bytes;
+          std::map<int64_t, int> squares;  // by the span and which of its column's two lanes
           for (int64_t p = 0; p < k + e; ++p) {
             const int64_t at = p < k ? p : (k + kGroup - 1) / kGroup * kGroup + p - k;
             const int8_t code = p < k ? w.codes[j * k + p] : w.tail[j * e + p - k];
-            panel[(at / kGroup * kPanel + j % kPanel) * kGroup + at % kGroup] = code;
-            sum += code;
+            panel[(at / kGroup * kPanel + j % kPanel) * kGroup + at % kGroup] = static_cast<uint8_t>(code + 128);
+            squares[at / 16 * 2 + at / 2 % 2] += code * code;
           }
-          std::memcpy(panel + groups * kGroupBytes + j % kPanel * 4, &sum, 4);
+          for (const auto& [lane, sum] : squares) {  // the smallest bound that is half the norm at least
+            uint8_t& bound = panel[groups * kGroupBytes + lane / 2];
+            while (4 * bound * bound < sum) ++bound;
+          }
         }
         c.check(bytes == 0 || std::memcmp(packed, want.data(), bytes) == 0, "packed differs from the layout");
 
-        const int8_t* source = packed_arena.copy(want.data(), bytes, side);
+        shape.packed = packed_arena.copy(want.data(), bytes, side);
         int8_t* got_codes = codes_arena.place<int8_t>(n * k, side);
         int8_t* got_tail = tail_arena.place<int8_t>(n * e, side);
-        ocsquant::unpack_panels(source, n, k, e, got_codes, got_tail);
+        ocsquant::unpack_panels(shape, got_codes, got_tail);
         c.check(n * k == 0 || std::memcmp(got_codes, w.codes.data(), n * k) == 0, "codes do not come back");
         c.check(n * e == 0 || std::memcmp(got_tail, w.tail.data(), n * e) == 0, "tail does not come back");
         c.check(codes_arena.intact() && tail_arena.intact(), "bytes beside the unpacked codes were written");
