@@ -1,7 +1,7 @@
 """Quantize PyTorch networks for CPUs: `model = ocsquant.quantize(model)`."""
 
 from ocsquant import ops
-from ocsquant.config import OCS, SCHEMES, Activations, PerToken, Recipe, Weights
+from ocsquant.config import OCS, SCHEMES, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
 from ocsquant.environment import Environment, env
 from ocsquant.equivalence import Equivalence, verify_equivalence
 from ocsquant.errors import (
@@ -12,6 +12,7 @@ from ocsquant.errors import (
     CorruptCheckpointError,
     Error,
     NonFiniteError,
+    NotCalibratedError,
     NothingToQuantizeError,
     SchemaMismatchError,
     TruncatedCheckpointError,
@@ -19,6 +20,7 @@ from ocsquant.errors import (
     UnsupportedVersionError,
 )
 from ocsquant.io import load, save
+from ocsquant.observers import InputStatistics, Statistics, calibrate
 from ocsquant.quantization import quantize
 from ocsquant.reporting import Layer, Report, report
 
@@ -34,17 +36,23 @@ __all__ = [
     "Environment",
     "Equivalence",
     "Error",
+    "InputStatistics",
     "Layer",
     "NonFiniteError",
+    "NotCalibratedError",
     "NothingToQuantizeError",
+    "PerChannelStatic",
+    "PerTensorStatic",
     "PerToken",
     "Recipe",
     "Report",
     "SchemaMismatchError",
+    "Statistics",
     "TruncatedCheckpointError",
     "UnsupportedModuleError",
     "UnsupportedVersionError",
     "Weights",
+    "calibrate",
     "env",
     "load",
     "ops",

@@ -24,6 +24,7 @@ from ocsquant.layers import (
 )
 from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
+from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
@@ -69,12 +70,13 @@ def _build_target(
 ) -> tuple[nn.Module, Layer]:
     module, recipe = target.source, target.recipe
     integer = not simulate and recipe.weights.bits is not None
-    notes = []
+    notes = [target.note] if target.note else []
     parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
-    for matrix in matrices(module, target.path):
+    for matrix in _matrices(target):
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
         if target.kind == "embedding" and recipe.weights.split is not None:
-            plan, notes = None, ["not split: an embedding has no input channels"]
+            plan = None
+            notes.append("not split: an embedding has no input channels")
         parts.append((matrix, plan))
     if recipe.weights.bits is None:
         return _build_split(target, *parts[0])
@@ -82,12 +84,12 @@ def _build_target(
     layer = _describe(target, parts, quantized)
     if integer:
         assert isinstance(module, nn.Linear)
-        new: nn.Module = _build_linear(module, quantized[0], recipe, shared)
-        layer.kernel = "quantized_linear"
+        new: nn.Module = _build_linear(module, quantized[0], target, shared)
+        layer.kernel = "quantized_linear" if target.transform is None else "scale_folded_linear"
         layer.bytes_after = sum(b.numel() * b.element_size() for b in new.buffers())
         layer.split_channels = new.split_channels  # type: ignore[assignment]
     else:
-        new = _build_simulated(module, [matrix for matrix, _ in parts], quantized)
+        new = _build_simulated(module, [matrix for matrix, _ in parts], quantized, target.transform)
         layer.kernel = "simulated in float"
         if target.kind != "linear" and recipe.activations is not None:
             notes.append("activations stay float")
@@ -96,13 +98,21 @@ def _build_target(
     return new, layer
 
 
+def _matrices(target: Target) -> Iterator[Matrix]:
+    """The weights to quantize, with the scales of the inputs folded in."""
+    scale = 1.0 if target.transform is None else target.transform.scale()
+    for matrix in matrices(target.source, target.path):
+        yield dataclasses.replace(matrix, values=matrix.values * scale)
+
+
 def _build_linear(
-    module: nn.Linear, weight: QuantizedWeight, recipe: Recipe, shared: dict[int, QuantizedLinear]
+    module: nn.Linear, weight: QuantizedWeight, target: Target, shared: dict[int, QuantizedLinear]
 ) -> QuantizedLinear:
-    assert recipe.activations is not None
+    activations, transform = target.recipe.activations, target.transform
+    assert activations is not None
     if weight.scale.shape[0] != weight.codes.shape[0]:
         weight = dataclasses.replace(weight, scale=weight.scale.expand(weight.codes.shape[0], 1))
-    new = QuantizedLinear.from_weight(weight, module.bias, recipe.activations)
+    new = QuantizedLinear.from_weight(weight, _bias(module, transform), activations, transform)
     # Two layers that share a weight go on sharing it.
     first = shared.setdefault(id(module.weight), new)
     if first is not new and torch.equal(first.packed, new.packed) and torch.equal(first.scale, new.scale):
@@ -110,15 +120,29 @@ def _build_linear(
     return new
 
 
-def _build_simulated(module: nn.Module, found: list[Matrix], quantized: list[QuantizedWeight]) -> nn.Module:
+def _bias(module: nn.Linear, transform: InputTransform | None) -> Tensor | None:
+    if transform is None or transform.shift is None:
+        return module.bias
+    return transform.folded_bias(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def _build_simulated(
+    module: nn.Module, found: list[Matrix], quantized: list[QuantizedWeight], transform: InputTransform | None
+) -> nn.Module:
     new = copy.copy(module)
     new.__dict__ = dict(module.__dict__)
     new._parameters = dict(module._parameters)
     for matrix, weight in zip(found, quantized, strict=True):
         old = module._parameters[matrix.name]
         assert old is not None
-        values = weight.dequantize().reshape(matrix.shape).to(old.dtype)
+        values = weight.dequantize() if transform is None else weight.dequantize() * transform.inverse
+        values = values.reshape(matrix.shape).to(old.dtype)
         new._parameters[matrix.name] = nn.Parameter(values, requires_grad=old.requires_grad)
+    if transform is not None and transform.shift is not None:
+        assert isinstance(module, nn.Linear)
+        bias = _bias(module, transform)
+        assert bias is not None
+        new._parameters["bias"] = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
     if isinstance(new, nn.RNNBase):
         new._init_flat_weights()
     return new
@@ -128,7 +152,8 @@ def _hook_input(new: nn.Module, target: Target) -> None:
     assert target.recipe.activations is not None
     new._forward_pre_hooks = OrderedDict(new._forward_pre_hooks)
     new._forward_pre_hooks_with_kwargs = OrderedDict(new._forward_pre_hooks_with_kwargs)
-    new.register_forward_pre_hook(FakeQuantizeInput(target.recipe.activations), with_kwargs=True)
+    hook = FakeQuantizeInput(target.recipe.activations, target.transform)
+    new.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> tuple[nn.Module, Layer]:
@@ -192,14 +217,14 @@ def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer
 
 
 def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
-    """Splits under `OCS.max_overhead`: by error gain per byte over all layers of one recipe."""
+    """Splits under `OCS.max_overhead`: by error gain per byte over all layers of one `Weights`."""
     plans: dict[int, dict[str, ocs.SplitPlan]] = {}
-    recipes = {id(t.recipe): t.recipe for t in targets}
+    recipes = {id(t.recipe.weights): t.recipe for t in targets}
     for key, recipe in recipes.items():
         split = recipe.weights.split
         if split is None or split.max_overhead is None:
             continue
-        members = [t for t in targets if id(t.recipe) == key and t.kind != "embedding"]
+        members = [t for t in targets if id(t.recipe.weights) == key and t.kind != "embedding"]
         for target, matrix, channels in _spend(members, recipe, split.max_overhead):
             if channels:
                 plans.setdefault(id(target.module), {})[matrix.name] = plan_from(matrix, split, iter(channels))
@@ -207,7 +232,7 @@ def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
 
 
 def _spend(members: list[Target], recipe: Recipe, overhead: float) -> Iterator[tuple[Target, Matrix, list[int]]]:
-    parts = [(target, matrix) for target in members for matrix in matrices(target.source, target.path)]
+    parts = [(target, matrix) for target in members for matrix in _matrices(target)]
     chosen: list[list[int]] = [[] for _ in parts]
     seen: list[set[int]] = [set() for _ in parts]
     orders = []

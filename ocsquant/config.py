@@ -12,6 +12,7 @@ from ocsquant.errors import ArgumentError, ArgumentTypeError
 
 CLIPS = ("none", "mse", "aciq", "kl")
 GRANULARITIES = ("channel", "tensor", "group")
+INPUT_SCALES = ("token", "tensor", "channel")
 
 
 def check_number(arg: str, value: Any, low: float, high: float, whole: bool = False) -> None:
@@ -103,27 +104,62 @@ class Weights:
 
 @dataclass(frozen=True)
 class Activations:
-    """How the inputs of a layer are quantized: one step per token, found as it runs.
+    """How the inputs of a layer are quantized; `PerToken`, `PerTensorStatic`, `PerChannelStatic` name the usual ways.
 
     Args:
         bits: 2..8.
-        max_outliers: 0..64 values of a token that may keep codes beyond the range; 0 is plain dynamic quantization.
-        outlier_threshold: 2..1e6 root mean squares of the token, the largest value inside the range.
+        max_outliers: 0..64 values of a token that may keep codes beyond the range; 0 is plain quantization.
+        outlier_threshold: 2..1e6 root mean squares of the token, the largest value inside the range ("token" only).
+        scale: one step per "token", found as it runs; or fixed by calibration, per "tensor" or per input "channel", the
+            latter folded into the weights (OutlierTune, arXiv 2406.18832).
+        smooth_alpha: 0..1, divide input channels by max|x|^alpha / max|w|^(1 - alpha) and multiply the weights
+            (SmoothQuant, arXiv 2211.10438) before scaling; None: not for "token" and "tensor"; "channel" is alpha = 1.
+        shift: move the middle of each channel's calibrated range to zero (symmetrization of OutlierTune, the shift of
+            Outlier Suppression+, arXiv 2304.09145).
     """
 
     bits: int = 8
     max_outliers: int = 16
     outlier_threshold: float = 4.0
+    scale: str = "token"
+    smooth_alpha: float | None = None
+    shift: bool = False
 
     def __post_init__(self) -> None:
         check_number("bits", self.bits, 2, 8, whole=True)
         check_number("max_outliers", self.max_outliers, 0, 64, whole=True)
         check_number("outlier_threshold", self.outlier_threshold, 2.0, 1e6)
+        check_choice("scale", self.scale, INPUT_SCALES)
+        if self.smooth_alpha is not None:
+            check_number("smooth_alpha", self.smooth_alpha, 0.0, 1.0)
+        check_type("shift", self.shift, bool, "True or False")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.scale != "token" or self.smooth_alpha is not None or self.shift
 
 
 def PerToken(bits: int = 8, max_outliers: int = 16, outlier_threshold: float = 4.0) -> Activations:
     """Dynamic per-token activations with run-time outlier splitting; `max_outliers=0` switches the splitting off."""
     return Activations(bits, max_outliers, outlier_threshold)
+
+
+def PerTensorStatic(bits: int = 8, max_outliers: int = 0) -> Activations:
+    """One calibrated scale for a layer's input; up to `max_outliers` values a token beyond it are split, not clipped.
+
+    Args: as of `Activations`.
+    """
+    return Activations(bits, max_outliers, scale="tensor")
+
+
+def PerChannelStatic(
+    bits: int = 8, max_outliers: int = 0, smooth_alpha: float | None = None, shift: bool = True
+) -> Activations:
+    """OutlierTune: calibrated scales per input channel folded into the weights, and symmetrization.
+
+    Where calibration shows a smaller output error per token (with the same bits and `max_outliers`), that is used.
+    """
+    return Activations(bits, max_outliers, scale="channel", smooth_alpha=smooth_alpha, shift=shift)
 
 
 def _frozen_overrides(overrides: Any) -> dict[str, Recipe]:

@@ -48,6 +48,10 @@ class NothingToQuantizeError(Error, ValueError):
     """No layer was left to quantize; the text lists why."""
 
 
+class NotCalibratedError(Error, ValueError):
+    """A recipe needs to know a layer's inputs, and nothing was said of them; the text names the layers."""
+
+
 class CheckpointError(Error, RuntimeError):
     """A file that cannot be loaded; the model was not touched."""
 

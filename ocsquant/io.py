@@ -29,7 +29,7 @@ from ocsquant.layout import packed_shape
 from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
 from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
 
-VERSION = 1
+VERSION = 2
 KEY = "ocsquant"
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -217,7 +217,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     return [*changes, set_attribute(model, reporting.ATTRIBUTE, layers or None)]
 
 
-LAYER_TENSORS = ("packed", "scale", "bias", "tail_index")
+LAYER_TENSORS = ("packed", "scale", "bias", "tail_index", "input_inverse", "input_shift")
 
 
 def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor]) -> QuantizedLinear:
@@ -229,11 +229,12 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
 
     try:
         k, n, bits = settings["in_features"], settings["out_features"], settings["bits"]
-        activations = Activations(*settings["activations"])
+        activations = Activations(**settings["activations"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(f"layer '{path}': its settings cannot be read: {error}") from error
     need(all(type(v) is int and v > 0 for v in (k, n, bits)) and 2 <= bits <= 8, "sizes and bits must be whole numbers")
-    if (old.in_features, old.out_features, old.bias is not None) != (k, n, "bias" in t):
+    biased = "bias" in t if "input_shift" in t else old.bias is not None  # a shift makes a bias of its own
+    if (old.in_features, old.out_features, biased) != (k, n, "bias" in t):
         raise SchemaMismatchError(f"layer '{path}' is {n} x {k} (bias: {'bias' in t}) in the file, {old} in the model")
     need({"packed", "scale"} <= set(t), "packed and scale must be there")
     packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
@@ -253,7 +254,16 @@ def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Ten
     need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
     base, tail = ops.unpack_weight(packed, n, k, e)
     need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
-    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index)
+    inverse, shift = t.get("input_inverse"), t.get("input_shift")
+    need((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
+    need(inverse is None or _is_vector(inverse, k, positive=True), "input_inverse must be float32, one per input")
+    need(shift is None or (inverse is not None and _is_vector(shift, k)), "input_shift must be float32, one per input")
+    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift)
+
+
+def _is_vector(t: Tensor, size: int, positive: bool = False) -> bool:
+    fits = t.dtype == torch.float32 and t.shape == (size,) and bool(t.isfinite().all())
+    return fits and (not positive or bool((t > 0).all()))
 
 
 def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]) -> list[Change]:

@@ -36,6 +36,8 @@ _ops = torch.ops.ocsquant
 # Going through the packet instead of the overload costs 0.4 us a call.
 _quantized_linear = _ops.quantized_linear.default
 _quantized_linear_train = _ops.quantized_linear_train.default
+_scale_folded_linear = _ops.scale_folded_linear.default
+_scale_folded_linear_train = _ops.scale_folded_linear_train.default
 _fake_quantize_split = _ops.fake_quantize_split.default
 
 
@@ -95,9 +97,65 @@ def quantized_linear(
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
-    trained = getattr(x, "requires_grad", False) and torch.is_grad_enabled()  # anything but a tensor: the op says so
-    op = _quantized_linear_train if trained else _quantized_linear
+    op = _quantized_linear_train if _trains(x) else _quantized_linear
     return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold)
+
+
+def scale_folded_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    input_inverse: Tensor,
+    input_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    activation_bits: int = 8,
+    dynamic: bool = False,
+    max_outliers: int = 0,
+    outlier_threshold: float = 4.0,
+) -> Tensor:
+    """Linear layer whose weight codes have taken over scales of its input channels (OutlierTune, arXiv 2406.18832).
+
+    With u = (x - input_shift) * input_inverse, y = float(codes @ weight codes) * scale + bias, where the codes are
+    rint(u) clamped to +-Q, Q = 2^(activation_bits - 1) - 1: static quantization, one scale per input channel, nothing
+    to look up inside the sum. A token of which at most `max_outliers` codes lie beyond Q keeps those, up to 32512: they
+    left the calibrated range and are split instead of clipped. With `dynamic`, u is quantized token by token as
+    `quantized_linear` does it (SmoothQuant, arXiv 2211.10438).
+
+    Args:
+        x: float32 or bfloat16 [..., k].
+        packed: from `pack_weight`, the codes of W / input_inverse; k plus tail columns at most 65536 (dynamic: 131072).
+        scale: float32 [n].
+        input_inverse: float32 [k], one over the step of each input channel.
+        input_shift: float32 [k], the middle of each channel's range; its part of the result belongs into the bias.
+        bias: float32 [n].
+        tail_index, activation_bits, max_outliers, outlier_threshold: as in `quantized_linear`; the threshold counts
+            only where `dynamic`.
+
+    Returns:
+        [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
+        dequantized weight; nothing else gets one.
+    """
+    if dynamic is not True and dynamic is not False:  # the dispatcher takes None and numbers for it
+        raise RuntimeError(f"scale_folded_linear: dynamic must be True or False, got {dynamic!r}")
+    op = _scale_folded_linear_train if _trains(x) else _scale_folded_linear
+    return op(
+        x,
+        packed,
+        scale,
+        input_inverse,
+        input_shift,
+        bias,
+        tail_index,
+        activation_bits,
+        dynamic,
+        max_outliers,
+        outlier_threshold,
+    )
+
+
+def _trains(x: object) -> bool:
+    return getattr(x, "requires_grad", False) and torch.is_grad_enabled()  # anything but a tensor: the op says so
 
 
 def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
@@ -175,6 +233,26 @@ torch.library.register_fake("ocsquant::quantized_linear", _linear_fake)
 torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
 
 
+def _folded_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    input_inverse: Tensor,
+    input_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    *_: Any,
+) -> Tensor:
+    vectors = {"input_inverse": input_inverse, "input_shift": input_shift, "bias": bias, "tail_index": tail_index}
+    _check_devices("scale_folded_linear", x=x, packed=packed, scale=scale, **vectors)
+    torch._check(x.dim() >= 1, lambda: "scale_folded_linear: x must have at least one dimension, got a scalar")
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+torch.library.register_fake("ocsquant::scale_folded_linear", _folded_fake)
+torch.library.register_fake("ocsquant::scale_folded_linear_train", _folded_fake)
+
+
 @torch.library.register_fake("ocsquant::fake_quantize_split")
 def _(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:
     _check_devices("fake_quantize_split", x=x, scale=scale, splits=splits)
@@ -199,6 +277,18 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, None, None, None, None, None, None
 
 
+def _folded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, inverse, _, _, tail_index, *_ = inputs
+    ctx.k = x.shape[-1]
+    ctx.save_for_backward(packed, scale, inverse, tail_index)
+
+
+def _folded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale, inverse, tail_index = ctx.saved_tensors
+    weight = dequantize_packed(packed, scale, ctx.k, tail_index) * inverse
+    return grad @ weight.to(grad.dtype), *[None] * 10
+
+
 def _fake_quantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, scale, splits, ctx.bits = inputs
     ctx.save_for_backward(x, scale, splits)
@@ -211,6 +301,7 @@ def _fake_quantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd("ocsquant::quantized_linear_train", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("ocsquant::scale_folded_linear_train", _folded_backward, setup_context=_folded_setup)
 torch.library.register_autograd(
     "ocsquant::fake_quantize_split", _fake_quantize_backward, setup_context=_fake_quantize_setup
 )

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
 from ocsquant.layers import KINDS, kind_of, weight_names
+from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import QuantizedLinear, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
@@ -44,6 +45,8 @@ class Target:
     kind: str
     recipe: Recipe
     path: str
+    transform: InputTransform | None = None
+    note: str = ""
 
 
 @dataclass
@@ -266,8 +269,9 @@ def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -
     if weights.granularity == "group" or not weights.symmetric:
         return "no integer kernel for groups or zero points yet: use simulate=True for its accuracy"
     assert isinstance(module, nn.Linear)
-    if 2 * module.in_features > MAX_DEPTH:  # every channel may get a tail column
-        return f"more than {MAX_DEPTH // 2} inputs: int32 sums would not be exact"
+    depth = MAX_DEPTH if recipe.activations.scale == "token" else MAX_DEPTH // 2
+    if 2 * module.in_features > depth:  # every channel may get a tail column
+        return f"more than {depth // 2} inputs: int32 sums would not be exact"
     if not named and not pays(module.out_features, module.in_features):
         return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,8 +14,13 @@ from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError
 from ocsquant.folding import fold_batchnorms
+from ocsquant.input_scales import fix_input_scales
+from ocsquant.observers import statistics_of
 from ocsquant.planning import Target, make_plan, merge_request
 from ocsquant.transaction import commit, set_attribute
+
+T = TypeVar("T")
+LONG_WORK = 50_000_000  # parameters from which a progress bar shows by itself
 
 
 def quantize(
@@ -39,7 +44,9 @@ def quantize(
     Args:
         model: any module; may itself be the layer. If anything fails, it is left exactly as it was.
         recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16".
-        calibration: must be None: no part of a recipe uses calibration data yet.
+        calibration: for recipes that ask for it (`Activations` other than per token): an iterable of batches (a mapping
+            calls model(**batch), a tuple or list model(*batch), anything else model(batch); in evaluation mode, without
+            gradients), or the statistics of `ocsquant.calibrate`.
         ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the
             recipe's. A pattern that matches a module covers what is inside it.
         filter_fn: called with (module, path); False leaves the module alone.
@@ -53,25 +60,26 @@ def quantize(
 
     Raises:
         ArgumentError, ArgumentTypeError: naming the argument.
-        NonFiniteError: a weight holds NaN or Inf; names it.
+        NonFiniteError: a weight or an input of a calibrated layer holds NaN or Inf; names it.
+        NotCalibratedError: the recipe needs calibration and there is none, or it did not reach a layer.
         NothingToQuantizeError: no layer is left to quantize; says why.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    if calibration is not None:
-        raise ArgumentError(
-            "calibration", "None: no part of this recipe uses calibration data", type(calibration).__name__
-        )
     if filter_fn is not None and not callable(filter_fn):
         raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
     check_type("simulate", simulate, bool, "True or False")
     check_type("fold_batchnorm", fold_batchnorm, bool, "True or False")
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
+    seen = None
     with torch.no_grad():
         changes, folded, lines = fold_batchnorms(model) if fold_batchnorm else ([], {}, [])
         plan = make_plan(model, *request, filter_fn, simulate)
         for target in plan.targets:
             target.source = folded.get(id(target.module), target.module)
+        if calibration is not None:
+            seen = statistics_of(model, calibration, lambda batches: _bar_of(batches, progress, "calibrate", "batch"))
+        fix_input_scales(model, plan.targets, seen)
         more, layers = build(model, plan, simulate, lambda targets: _bar(targets, progress))
         changes = changes + more
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
@@ -79,15 +87,20 @@ def quantize(
     return model
 
 
-def _bar(targets: list[Target] | Iterable[Target], progress: bool | None) -> Iterable[Target]:
+def _bar(targets: Iterable[Target], progress: bool | None) -> Iterable[Target]:
     targets = list(targets)
     size = sum(p.numel() for t in targets for p in t.module.parameters(recurse=False))
-    if progress is False or (progress is None and (size < 50_000_000 or not sys.stderr.isatty())):
-        return targets
+    return _bar_of(targets, progress if size >= LONG_WORK else progress or False, "quantize", "layer")
+
+
+def _bar_of(items: Iterable[T], progress: bool | None, text: str, unit: str) -> Iterable[T]:
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        return items
     try:
         from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
     except ImportError:
         if progress:
             raise ArgumentError("progress", "False or None where tqdm is not installed", True) from None
-        return targets
-    return tqdm(targets, desc="quantize", unit="layer")
+        return items
+    bar: Iterable[T] = tqdm(items, desc=text, unit=unit)
+    return bar

@@ -135,7 +135,7 @@ def found(path: str, module: QuantizedLinear) -> Layer:
         module.split_channels,
         before,
         after,
-        kernel="quantized_linear",
+        kernel="quantized_linear" if module.input_inverse is None else "scale_folded_linear",
     )
 
 

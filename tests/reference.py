@@ -96,3 +96,33 @@ def fake_quantize_split_backward(
     terms = (grad.float() * slope).double().flatten(1).sum(1)
     dscale = terms.sum() if scale.dim() == 0 else terms
     return torch.where(beyond, torch.zeros_like(grad), grad), dscale.float()
+
+
+def scale_folded_linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    bits: int = 8,
+    dynamic: bool = False,
+    max_outliers: int = 0,
+    threshold: float = 4.0,
+) -> Tensor:
+    """quantized_linear of (x - shift) * inverse, or with codes that are those numbers, rounded and clamped."""
+    flat = x.reshape(-1, x.shape[-1]).float()
+    u = (flat if shift is None else flat - shift) * inverse
+    if dynamic:
+        y = quantized_linear(u, codes, scale, bias, None, None, bits, max_outliers, threshold)
+        return y.reshape(*x.shape[:-1], scale.numel()).to(x.dtype)
+    limit = 2 ** (bits - 1) - 1
+    rows = []
+    for token in u:
+        values = [round(max(-32512.0, min(32512.0, v))) for v in token.tolist()]
+        if sum(abs(v) > limit for v in values) > max_outliers:
+            values = [max(-limit, min(limit, v)) for v in values]
+        rows.append((codes.long() @ torch.tensor(values)).float() * scale)
+    y = torch.stack(rows)
+    y = y if bias is None else y + bias
+    return y.reshape(*x.shape[:-1], scale.numel()).to(x.dtype)

@@ -129,7 +129,7 @@ TAMPERED = {
     "attention": lambda t, r: r["attention"].append("first"),
     "alias": lambda t, r: r["aliases"].update(x="nothing"),
     "unknown entry": lambda t, r: r.update(more=1),
-    "version": lambda t, r: r.update(version=2),
+    "version": lambda t, r: r.update(version=3),
     "report": lambda t, r: r["report"].append({"nonsense": 1}),
 }
 

@@ -21,12 +21,19 @@ constexpr float kMinOutlierThreshold = 2.0f;
 
 enum class Float : int8_t { f32, bf16 };
 
+// Codes of a fixed step end here, and its layers at half kMaxDepth: sums with kMaxOutliers such codes still fit int32.
+constexpr int kMaxFixedCode = 32512;
+constexpr int64_t kMaxFixedDepth = kMaxDepth / 2;
+
 // How one token becomes integers: step = min(absmax, threshold * rms) / (2^(bits-1) - 1), at most max_outliers codes
 // beyond the range. max_outliers = 0 is plain dynamic quantization.
 struct TokenQuantizer {
   int bits;
   int max_outliers;
   float threshold;
+  const float* inverse = nullptr;  // [k]: quantize (x - shift) * inverse instead of x
+  const float* shift = nullptr;    // [k], or null: 0
+  bool fixed = false;              // step 1: codes are rint of that, all clamped if more than max_outliers lie beyond
 };
 
 // What a code keeps beyond int8: code = body + rest, at column k of the packed weight.

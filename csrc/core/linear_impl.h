@@ -65,7 +65,11 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
         row = static_cast<const float*>(x) + (m + i) * w.k;
       }
       int16_t* out = codes + i * pitch;
-      a.step[m + i] = quantize_row(row, w.k, how, out);
+      if (how.inverse != nullptr) {
+        scale_row(row, how, w.k, wide);
+        row = wide;
+      }
+      a.step[m + i] = how.fixed ? quantize_row_fixed(row, w.k, how, out) : quantize_row(row, w.k, how, out);
       for (int64_t e = 0; e < w.tail; ++e) out[base + e] = out[w.tail_index[e]];
       for (int64_t e = base + w.tail; e < padded; ++e) out[e] = 0;
     }

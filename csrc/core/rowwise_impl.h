@@ -150,6 +150,49 @@ inline float quantize_row(const float* x, int64_t k, const TokenQuantizer& how, 
   return step;
 }
 
+inline void scale_row(const float* x, const TokenQuantizer& how, int64_t k, float* y) {
+  if (how.shift != nullptr) {
+    for (int64_t j = 0; j < k; ++j) y[j] = (x[j] - how.shift[j]) * how.inverse[j];
+  } else {
+    for (int64_t j = 0; j < k; ++j) y[j] = x[j] * how.inverse[j];
+  }
+}
+
+struct RowFixedCodes {
+  RowCodes<true> codes;
+  Simd::I largest;
+  OCSQ_INLINE RowFixedCodes(int16_t* out, int limit) : codes(out, 1.0f, limit), largest(Simd::zero_i()) {}
+  OCSQ_INLINE void operator()(const float* p, int64_t j) {
+    const Simd::F top = Simd::set1(static_cast<float>(kMaxFixedCode)), bottom = Simd::set1(-kMaxFixedCode);
+    float clamped[kLanes];
+    for (int v = 0; v < kVectors; ++v) {
+      const Simd::F x = Simd::load(p + v * Simd::W);
+      largest = Simd::max_i(largest, Simd::abs_bits(x));
+      Simd::store(clamped + v * Simd::W, Simd::max(bottom, Simd::min(top, x)));
+    }
+    codes(clamped, j);
+  }
+};
+
+// One token to codes of step 1; returns that step, NaN for a row with NaN or Inf (codes 0).
+inline float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, int16_t* codes) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
+  RowFixedCodes block(codes, limit);
+  for_blocks(x, k, block);
+  if (!(bits_to_float(Simd::reduce_max(block.largest)) <= std::numeric_limits<float>::max())) {
+    std::memset(codes, 0, padded * sizeof(int16_t));
+    return std::numeric_limits<float>::quiet_NaN();
+  }
+  if (Simd::reduce_add(block.codes.beyond) > how.max_outliers) {
+    for (int64_t j = 0; j < padded; ++j) {
+      const int16_t high = codes[j] > limit ? static_cast<int16_t>(limit) : codes[j];
+      codes[j] = high < -limit ? static_cast<int16_t>(-limit) : high;
+    }
+  }
+  return 1.0f;
+}
+
 inline void widen(const uint16_t* x, int64_t n, float* y) {
   int64_t j = 0;
   for (; j + Simd::W <= n; j += Simd::W) Simd::store(y + j, Simd::load_bf16(x + j));

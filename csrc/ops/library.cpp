@@ -11,6 +11,15 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
   m.def(
       "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0) -> Tensor");
+  m.def(
+      "scale_folded_linear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? input_shift=None, "
+      "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
+      "float outlier_threshold=4.0) -> Tensor");
+  m.def(
+      "scale_folded_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? "
+      "input_shift=None, "
+      "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
+      "float outlier_threshold=4.0) -> Tensor");
   m.def("fake_quantize_split(Tensor x, Tensor scale, Tensor splits, int bits) -> Tensor");
   m.def(
       "fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");

@@ -1,38 +1,28 @@
 // y = quantize(x) * codes^T * step * scale + bias: check, allocate, quantize the tokens, multiply panel by panel.
 #include <algorithm>
 
-#include "check.h"
 #include "core/pack.h"
+#include "linear.h"
 
 namespace ocsquant {
 namespace {
 
-constexpr const char* kOp = "quantized_linear";
 constexpr int64_t kMaxRowBlock = 192;
 // Below this many multiplications (or quantized values) a second thread costs more than it brings.
 constexpr int64_t kSerialProducts = 500'000, kSerialValues = 65'536;
 
-void check_vector(const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of) {
-  check_tensor(kOp, name, t, dtype, 1);
-  OCSQ_CHECK(t.numel() == size, kOp, ": ", name, " must have ", size, " entries, one per ", of, ", got ", t.numel());
+void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of) {
+  check_tensor(op, name, t, dtype, 1);
+  OCSQ_CHECK(t.numel() == size, op, ": ", name, " must have ", size, " entries, one per ", of, ", got ", t.numel());
 }
 
-void check_tail_index(const int32_t* index, int64_t e, int64_t k) {
+void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k) {
   int64_t previous = -1;
   for (int64_t i = 0; i < e; ++i) {
-    OCSQ_CHECK(index[i] > previous && index[i] < k, kOp, ": tail_index must be ascending and within 0..", k - 1,
+    OCSQ_CHECK(index[i] > previous && index[i] < k, op, ": tail_index must be ascending and within 0..", k - 1,
                ", got ", index[i], " at ", i);
     previous = index[i];
   }
-}
-
-TokenQuantizer check_quantizer(int64_t bits, int64_t max_outliers, double threshold) {
-  OCSQ_CHECK(bits >= 2 && bits <= 8, kOp, ": activation_bits must be 2..8, got ", bits);
-  OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, kOp, ": max_outliers must be 0..", kMaxOutliers,
-             ", got ", max_outliers);
-  OCSQ_CHECK(threshold >= kMinOutlierThreshold && threshold <= 1e6, kOp, ": outlier_threshold must be ",
-             kMinOutlierThreshold, "..1e6 times the root mean square, got ", threshold);
-  return {static_cast<int>(bits), static_cast<int>(max_outliers), static_cast<float>(threshold)};
 }
 
 void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
@@ -72,34 +62,56 @@ void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const
   }
 }
 
-Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold) {
-  const Float dtype = check_float(kOp, "x", x);
-  OCSQ_CHECK(x.dim() >= 1, kOp, ": x must have at least one dimension, got a scalar");
-  check_tensor(kOp, "packed", packed, ScalarType::Byte, 4);
-  check_tensor(kOp, "scale", scale, ScalarType::Float, 1);
-  const int64_t k = x.size(-1), n = scale.numel(), e = tail_index.has_value() ? tail_index->numel() : 0;
-  OCSQ_CHECK(k + e <= kMaxDepth, kOp, ": x must have at most ", kMaxDepth - e,
-             " columns, the limit of exact int32 sums, got ", k);
+}  // namespace
+
+TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold) {
+  OCSQ_CHECK(bits >= 2 && bits <= 8, op, ": activation_bits must be 2..8, got ", bits);
+  OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, op, ": max_outliers must be 0..", kMaxOutliers,
+             ", got ", max_outliers);
+  OCSQ_CHECK(threshold >= kMinOutlierThreshold && threshold <= 1e6, op, ": outlier_threshold must be ",
+             kMinOutlierThreshold, "..1e6 times the root mean square, got ", threshold);
+  return {static_cast<int>(bits), static_cast<int>(max_outliers), static_cast<float>(threshold)};
+}
+
+Tensor linear(const char* op, const LinearOperands& t, TokenQuantizer how) {
+  const Tensor& x = t.x;
+  const Float dtype = check_float(op, "x", x);
+  OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  check_tensor(op, "packed", t.packed, ScalarType::Byte, 4);
+  check_tensor(op, "scale", t.scale, ScalarType::Float, 1);
+  const int64_t k = x.size(-1), n = t.scale.numel(), e = t.tail_index.has_value() ? t.tail_index->numel() : 0;
+  const int64_t limit = how.fixed ? kMaxFixedDepth : kMaxDepth;
+  OCSQ_CHECK(k + e <= limit, op, ": x must have at most ", limit - e, " columns, the limit of exact int32 sums, got ",
+             k);
   PackedWeight w = {nullptr, n, k, e, nullptr, nullptr, nullptr};
-  OCSQ_CHECK(packed.size(0) == w.panels() && packed.size(1) == w.groups() + w.bound_blocks() &&
-                 packed.size(2) == kPanel && packed.size(3) == kGroup,
-             kOp, ": packed must be [", w.panels(), ", ", w.groups() + w.bound_blocks(), ", 64, 4] for ", n,
-             " scales, ", k, " columns of x and ", e, " tail columns, got [", packed.size(0), ", ", packed.size(1),
-             ", ", packed.size(2), ", ", packed.size(3), "]");
-  const TokenQuantizer how = check_quantizer(bits, max_outliers, threshold);
-  const Tensor dense_x = dense(x), dense_packed = dense(packed), dense_scale = dense(scale);
-  std::optional<Tensor> dense_bias, dense_index;
-  if (bias.has_value()) {
-    check_vector("bias", *bias, ScalarType::Float, n, "output");
-    dense_bias = dense(*bias);
+  const int64_t blocks = w.groups() + w.bound_blocks();
+  OCSQ_CHECK(t.packed.size(0) == w.panels() && t.packed.size(1) == blocks && t.packed.size(2) == kPanel &&
+                 t.packed.size(3) == kGroup,
+             op, ": packed must be [", w.panels(), ", ", blocks, ", 64, 4] for ", n, " scales, ", k,
+             " columns of x and ", e, " tail columns, got [", t.packed.size(0), ", ", t.packed.size(1), ", ",
+             t.packed.size(2), ", ", t.packed.size(3), "]");
+  const Tensor dense_x = dense(x), dense_packed = dense(t.packed), dense_scale = dense(t.scale);
+  std::optional<Tensor> dense_bias, dense_index, dense_inverse, dense_shift;
+  if (t.bias.has_value()) {
+    check_vector(op, "bias", *t.bias, ScalarType::Float, n, "output");
+    dense_bias = dense(*t.bias);
     w.bias = dense_bias->const_data_ptr<float>();
   }
-  if (tail_index.has_value()) {
-    check_vector("tail_index", *tail_index, ScalarType::Int, e, "tail column");
-    dense_index = dense(*tail_index);
+  if (t.tail_index.has_value()) {
+    check_vector(op, "tail_index", *t.tail_index, ScalarType::Int, e, "tail column");
+    dense_index = dense(*t.tail_index);
     w.tail_index = dense_index->const_data_ptr<int32_t>();
-    check_tail_index(w.tail_index, e, k);
+    check_tail_index(op, w.tail_index, e, k);
+  }
+  if (t.input_inverse.has_value()) {
+    check_vector(op, "input_inverse", *t.input_inverse, ScalarType::Float, k, "input");
+    dense_inverse = dense(*t.input_inverse);
+    how.inverse = dense_inverse->const_data_ptr<float>();
+  }
+  if (t.input_shift.has_value()) {
+    check_vector(op, "input_shift", *t.input_shift, ScalarType::Float, k, "input");
+    dense_shift = dense(*t.input_shift);
+    how.shift = dense_shift->const_data_ptr<float>();
   }
   w.packed = dense_packed.const_data_ptr<uint8_t>();
   w.scale = dense_scale.const_data_ptr<float>();
@@ -110,6 +122,15 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
   for (size_t d = 0; d + 1 < sizes.size(); ++d) m *= sizes[d];
   if (m > 0 && n > 0) run(dense_x.const_data_ptr(), dtype, m, how, w, y.mutable_data_ptr());
   return y;
+}
+
+namespace {
+
+Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold) {
+  constexpr const char* kOp = "quantized_linear";
+  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt},
+                check_quantizer(kOp, bits, max_outliers, threshold));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +13,15 @@ from ocsquant import ops
 from ocsquant.config import Activations
 from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
+from ocsquant.methods.outliertune import InputTransform
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b with integer weights and per-token integer activations (`ocsquant.ops.quantized_linear`).
+    """y = x W^T + b in integers: `ocsquant.ops.quantized_linear`, or `scale_folded_linear` with calibrated inputs.
 
     Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
-    [out_features] or None, `tail_index` int32 or None. No dtype conversion of a model (.half(), .bfloat16(),
+    [out_features] or None, `tail_index` int32 or None, `input_inverse` and `input_shift` float32 [in_features] or None
+    (the shift's part of the output is in `bias`). No dtype conversion of a model (.half(), .bfloat16(),
     .to(dtype)) touches them. Takes float32, bfloat16, float16 or float64 [..., in_features]; returns the same dtype.
     `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
     changes nothing.
@@ -28,6 +31,8 @@ class QuantizedLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
     tail_index: Tensor | None
+    input_inverse: Tensor | None
+    input_shift: Tensor | None
 
     def __init__(
         self,
@@ -39,6 +44,8 @@ class QuantizedLinear(nn.Module):
         scale: Tensor,
         bias: Tensor | None,
         tail_index: Tensor | None,
+        input_inverse: Tensor | None = None,
+        input_shift: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
@@ -47,10 +54,18 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
         self.register_buffer("tail_index", tail_index)
+        self.register_buffer("input_inverse", input_inverse)
+        self.register_buffer("input_shift", input_shift)
 
     @classmethod
-    def from_weight(cls, weight: QuantizedWeight, bias: Tensor | None, activations: Activations) -> QuantizedLinear:
-        """From a per-channel symmetric `QuantizedWeight` [out_features, in_features]."""
+    def from_weight(
+        cls,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        activations: Activations,
+        transform: InputTransform | None = None,
+    ) -> QuantizedLinear:
+        """From a per-channel symmetric `QuantizedWeight` [out_features, in_features], folded with `transform`."""
         base, tail, tail_index = weight.base_and_tail()
         split = tail_index.numel() > 0
         return cls(
@@ -62,6 +77,8 @@ class QuantizedLinear(nn.Module):
             weight.scale[:, 0].contiguous(),
             None if bias is None else bias.detach().float().clone(),
             tail_index if split else None,
+            None if transform is None else transform.inverse,
+            None if transform is None else transform.shift,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -74,14 +91,29 @@ class QuantizedLinear(nn.Module):
         # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.
         b: dict[str, Any] = self._buffers
         a = self.activations
-        return ops.quantized_linear(
-            input, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
+        if (inverse := b["input_inverse"]) is None:
+            return ops.quantized_linear(
+                input, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
+            )
+        return ops.scale_folded_linear(
+            input,
+            b["packed"],
+            b["scale"],
+            inverse,
+            b["input_shift"],
+            b["bias"],
+            b["tail_index"],
+            a.bits,
+            a.scale == "token",
+            a.max_outliers,
+            a.outlier_threshold,
         )
 
     @property
     def weight(self) -> Tensor:
         """float32 [out_features, in_features], dequantized anew at each reading."""
-        return ops.dequantize_packed(self.packed, self.scale, self.in_features, self.tail_index)
+        folded = ops.dequantize_packed(self.packed, self.scale, self.in_features, self.tail_index)
+        return folded if self.input_inverse is None else folded * self.input_inverse
 
     @property
     def codes(self) -> Tensor:
@@ -112,14 +144,13 @@ class QuantizedLinear(nn.Module):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.split_channels:
             text += f", split_channels={self.split_channels}"
-        return f"{text}, bits={self.bits}, activations={self.activations.bits} bits per token"
+        return f"{text}, bits={self.bits}, activations={self.activations.bits} bits per {self.activations.scale}"
 
     def settings(self) -> dict[str, Any]:
         """What a file needs beside the buffers to rebuild this module."""
-        a = self.activations
         return {
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bits": self.bits,
-            "activations": [a.bits, a.max_outliers, a.outlier_threshold],
+            "activations": dataclasses.asdict(self.activations),
         }

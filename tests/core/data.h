@@ -142,6 +142,8 @@ struct Tokens {
   int fill = 0;  // kFills: another one in every row
   std::vector<float> x;
   std::vector<uint16_t> x16;   // the same values, where dtype is bf16
+  std::vector<float> inverse;  // [k], or empty: not folded
+  std::vector<float> shift;    // [k], or empty
   std::vector<float> step;     // what the definition makes of them
   std::vector<int32_t> codes;  // [m][k]
 };
@@ -149,8 +151,34 @@ struct Tokens {
 inline void quantize_tokens(Tokens& t) {
   t.step.resize(t.m);
   t.codes.resize(t.m * t.k);
+  std::vector<float> u(t.k);
   for (int64_t i = 0; i < t.m; ++i) {
-    t.step[i] = quantize_token(t.x.data() + i * t.k, t.k, t.how, t.codes.data() + i * t.k);
+    const float* x = t.x.data() + i * t.k;
+    for (int64_t j = 0; j < t.k; ++j) {
+      const float centred = t.shift.empty() ? x[j] : x[j] - t.shift[j];
+      u[j] = t.inverse.empty() ? x[j] : centred * t.inverse[j];
+    }
+    const auto quantizer = t.how.fixed ? quantize_token_fixed : quantize_token;
+    t.step[i] = quantizer(u.data(), t.k, t.how, t.codes.data() + i * t.k);
+  }
+}
+
+// What scale_folded_linear adds: every third case has it, half of those with a fixed step and with a shift.
+inline void fold_inputs(Random& r, Tokens& t) {
+  t.inverse.clear();
+  t.shift.clear();
+  t.how.fixed = false;
+  if (r.below(3) != 0 || t.k > ocsquant::kMaxFixedDepth / 2) return;
+  t.how.fixed = r.next() % 2 == 0;
+  float largest = 1e-30f;
+  for (const float v : t.x) largest = std::isfinite(v) ? std::max(largest, std::fabs(v)) : largest;
+  const float limit = static_cast<float>((1 << (t.how.bits - 1)) - 1);
+  t.inverse.resize(t.k);
+  for (auto& v : t.inverse) v = (0.5f + r.uniform()) * (t.how.fixed ? limit / largest : 1.0f);
+  if (r.next() % 4 == 0) t.inverse[r.below(t.k)] *= 50.0f;  // a channel that leaves the range
+  if (r.next() % 2 == 0) {
+    t.shift.resize(t.k);
+    for (auto& v : t.shift) v = largest * 0.1f * r.gauss();
   }
 }
 
@@ -176,6 +204,7 @@ inline void make_tokens(int64_t m, int64_t k, uint64_t seed, int fill, Tokens& t
       t.x[j] = from_bf16(t.x16[j]);
     }
   }
+  fold_inputs(r, t);
   quantize_tokens(t);
 }
 

@@ -46,6 +46,9 @@ class Rig {
     const int64_t n = weight.n, k = weight.k, e = weight.e;
     x_ = tokens.dtype == Float::f32 ? static_cast<void*>(x_arena_.copy(tokens.x.data(), tokens.m * k, plan.side))
                                     : x_arena_.copy(tokens.x16.data(), tokens.m * k, plan.side);
+    how_ = tokens.how;
+    if (!tokens.inverse.empty()) how_.inverse = inverse_arena_.copy(tokens.inverse.data(), k, plan.side);
+    if (!tokens.shift.empty()) how_.shift = shift_arena_.copy(tokens.shift.data(), k, plan.side);
     packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr};
     uint8_t* packed = packed_arena_.place<uint8_t>(packed_.panels() * packed_.panel_bytes(), plan.side);
     ocsquant::pack_panels(weight.codes.data(), e > 0 ? weight.tail.data() : nullptr, packed_, packed);
@@ -57,12 +60,15 @@ class Rig {
   }
 
   void run(Level& level) {
-    Case c(
-        level,
-        "M %ld N %ld K %ld tail %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s, ranges %ld, blocks %ld%s",
-        long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
-        tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
-        packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
+    Case c(level,
+           "M %ld N %ld K %ld tail %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s%s, ranges %ld, blocks "
+           "%ld%s",
+           long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
+           tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
+           how_.fixed     ? ", fixed"
+           : how_.inverse ? ", folded"
+                          : "",
+           packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;
     place_outputs(kernels);
@@ -109,7 +115,7 @@ class Rig {
     on_threads(plan_.ranges, [&](int64_t i, int t) {
       const int64_t first = tiles * i / plan_.ranges * kernels.row_tile;
       const int64_t last = std::min(tokens_->m, tiles * (i + 1) / plan_.ranges * kernels.row_tile);
-      if (first < last) kernels.quantize(x_, tokens_->dtype, tokens_->how, packed_, a_, first, last, scratch_[t]);
+      if (first < last) kernels.quantize(x_, tokens_->dtype, how_, packed_, a_, first, last, scratch_[t]);
     });
   }
 
@@ -149,13 +155,14 @@ class Rig {
     for (const Arena* arena : written) c.check(arena->intact(), "bytes beside an operand were written");
   }
 
-  Arena x_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_, codes_arena_, step_arena_,
-      rest_arena_, count_arena_, offset_arena_, scratch_arena_[2], sums_arena_[2];
+  Arena x_arena_, inverse_arena_, shift_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_,
+      codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, scratch_arena_[2], sums_arena_[2];
   const Tokens* tokens_ = nullptr;
   const Weight* weight_ = nullptr;
   Float out_ = Float::f32;
   Plan plan_;
   PackedWeight packed_ = {};
+  ocsquant::TokenQuantizer how_ = {};
   Activations a_ = {};
   void *x_ = nullptr, *y_ = nullptr, *scratch_[2] = {};
   int32_t* sums_[2] = {};

@@ -106,6 +106,22 @@ inline float quantize_token(const float* x, int64_t k, const ocsquant::TokenQuan
   return step;
 }
 
+// The same with a fixed step of 1: how it treats values is all that is left of `how`.
+inline float quantize_token_fixed(const float* x, int64_t k, const ocsquant::TokenQuantizer& how, int32_t* codes) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  int beyond = 0;
+  for (int64_t j = 0; j < k; ++j) {
+    if (!std::isfinite(x[j])) {
+      std::fill_n(codes, k, 0);
+      return std::numeric_limits<float>::quiet_NaN();
+    }
+    codes[j] = round_half_even(std::max(-32512.0f, std::min(32512.0f, x[j])));
+    beyond += std::abs(codes[j]) > limit;
+  }
+  for (int64_t j = 0; j < k && beyond > how.max_outliers; ++j) codes[j] = std::max(-limit, std::min(limit, codes[j]));
+  return 1.0f;
+}
+
 struct Weight {
   int64_t n = 0, k = 0, e = 0;
   std::vector<int8_t> codes, tail;  // [n][k], [n][e]

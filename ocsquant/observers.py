@@ -1,0 +1,312 @@
+"""Calibration: what the inputs of a model's layers look like, in memory that grows with channels, not with data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ocsquant.config import check_type
+from ocsquant.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CorruptCheckpointError,
+    NonFiniteError,
+    NotCalibratedError,
+)
+from ocsquant.layers import CONVOLUTIONS, kind_of
+
+SAMPLE = 128  # tokens kept of every layer, evenly spread over all it saw
+KEY = "ocsquant_statistics"
+
+
+@dataclass
+class InputStatistics:
+    """The inputs of one layer, token by token (of a convolution: pixel by pixel), seen as [tokens, channels].
+
+    count: tokens; low, high: float32 [2, channels], the ranges of two halves of the data, so that a scale from one can
+    be judged by the other; total, squares: float64 [channels], sums of x and x^2; sample: float32 [at most 128,
+    channels], every stride-th token; half: int8, to which half each of those belongs.
+    """
+
+    count: int
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    squares: Tensor
+    sample: Tensor
+    half: Tensor
+    stride: int = 1
+    calls: int = 0
+
+    @property
+    def minimum(self) -> Tensor:
+        """float32 [channels]."""
+        return self.low.amin(0)
+
+    @property
+    def maximum(self) -> Tensor:
+        """float32 [channels]."""
+        return self.high.amax(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [channels]."""
+        return (self.total / max(self.count, 1)).float()
+
+    @property
+    def second_moment(self) -> Tensor:
+        """float32 [channels]: the mean of x^2."""
+        return (self.squares / max(self.count, 1)).float()
+
+    @property
+    def absmax(self) -> Tensor:
+        """float32 [channels]."""
+        return torch.maximum(self.maximum.abs(), self.minimum.abs())
+
+    @classmethod
+    def empty(cls, channels: int) -> InputStatistics:
+        """Of a layer that saw nothing yet."""
+        edge = torch.full((2, channels), torch.inf)
+        zero = torch.zeros(channels, dtype=torch.float64)
+        return cls(0, edge, -edge, zero, zero.clone(), torch.empty(0, channels), torch.empty(0, dtype=torch.int8))
+
+    def add(self, x: Tensor) -> None:
+        """Count the float32 tokens [m, channels]."""
+        # The first part of a batch goes to one half, the second to the other, and the next batch the other way round.
+        half = (torch.arange(x.shape[0]) * 2 // x.shape[0] + self.calls).remainder(2).to(torch.int8)
+        for i in range(2):
+            if (part := x[half == i]).shape[0]:
+                self.low[i] = torch.minimum(self.low[i], part.amin(0))
+                self.high[i] = torch.maximum(self.high[i], part.amax(0))
+        self.calls += 1
+        self.total = self.total + x.sum(0, dtype=torch.float64)
+        self.squares = self.squares + x.square().sum(0, dtype=torch.float64)
+        first = -self.count % self.stride
+        self.sample = torch.cat([self.sample, x[first :: self.stride]])
+        self.half = torch.cat([self.half, half[first :: self.stride]])
+        self.count += x.shape[0]
+        while self.sample.shape[0] > SAMPLE:
+            self.stride *= 2
+            self.sample, self.half = self.sample[::2].clone(), self.half[::2].clone()
+
+    def merged(self, other: InputStatistics) -> InputStatistics:
+        """Both together."""
+        sample, half = torch.cat([self.sample, other.sample]), torch.cat([self.half, other.half])
+        if sample.shape[0] > SAMPLE:
+            kept = torch.linspace(0, sample.shape[0] - 1, SAMPLE).long()
+            sample, half = sample[kept], half[kept]
+        return InputStatistics(
+            self.count + other.count,
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            self.total + other.total,
+            self.squares + other.squares,
+            sample,
+            half,
+            max(self.stride, other.stride),
+            self.calls + other.calls,
+        )
+
+
+TENSORS = ("low", "high", "total", "squares", "sample", "half")
+
+
+class Statistics(Mapping[str, InputStatistics]):
+    """What `calibrate` saw: layer path -> `InputStatistics`."""
+
+    def __init__(self, layers: Mapping[str, InputStatistics] | None = None) -> None:
+        if layers is not None:
+            check_type("layers", layers, Mapping, "a mapping from layer paths to InputStatistics")
+            for path, layer in layers.items():
+                if not isinstance(path, str) or not isinstance(layer, InputStatistics):
+                    raise ArgumentTypeError("layers", "a mapping from layer paths to InputStatistics", repr(path))
+        self._layers = dict(layers or {})
+
+    def __getitem__(self, path: str) -> InputStatistics:
+        return self._layers[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return f"Statistics of {len(self)} layers"
+
+    def merge(self, other: Statistics) -> Statistics:
+        """Statistics of both, as of one run over all the data. Raises ArgumentError where a layer's width differs."""
+        check_type("other", other, Statistics, "an ocsquant.Statistics")
+        layers = dict(self._layers)
+        for path, layer in other.items():
+            mine = layers.get(path)
+            if mine is not None and mine.total.shape != layer.total.shape:
+                expected = f"statistics in which '{path}' has {mine.total.numel()} channels"
+                raise ArgumentError("other", expected, layer.total.numel())
+            layers[path] = layer if mine is None else mine.merged(layer)
+        return Statistics(layers)
+
+    def all_reduce(self) -> Statistics:
+        """Statistics of all processes of the default torch.distributed group, the same on each of them.
+
+        Every process must have calibrated the same layers. Raises NotCalibratedError where they differ in number.
+        """
+        from torch import distributed
+
+        world = distributed.get_world_size()
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
+        distributed.all_gather(counts, torch.tensor([len(self)]))
+        if len({int(c) for c in counts}) > 1:
+            raise NotCalibratedError(f"the processes calibrated different layers: {[int(c) for c in counts]} of them")
+        layers = {}
+        for path in sorted(self):
+            parts = _gather(self[path], world)
+            together = parts[0]
+            for part in parts[1:]:
+                together = together.merged(part)
+            layers[path] = together
+        return Statistics(layers)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file."""
+        check_type("path", path, (str, os.PathLike), "a path")
+        record = {name: [layer.count, layer.stride, layer.calls] for name, layer in self.items()}
+        tensors = {f"{name}:{t}": getattr(layer, t).contiguous() for name, layer in self.items() for t in TENSORS}
+        save_file(tensors, path, {KEY: json.dumps(record)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote. Raises CorruptCheckpointError for any other file."""
+        check_type("path", path, (str, os.PathLike), "a path")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads((file.metadata() or {})[KEY])
+                layers = {
+                    name: InputStatistics(
+                        count, stride=stride, calls=calls, **{t: file.get_tensor(f"{name}:{t}") for t in TENSORS}
+                    )
+                    for name, (count, stride, calls) in record.items()
+                }
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+            raise CorruptCheckpointError(f"{path} holds no statistics of ocsquant.calibrate: {error!r}") from error
+        for name, layer in layers.items():
+            widths = {getattr(layer, t).shape[-1:] for t in TENSORS[:-1]}
+            finite = all(getattr(layer, t).isfinite().all() for t in ("total", "squares", "sample"))
+            if len(widths) > 1 or not finite or layer.half.shape != layer.sample.shape[:1]:
+                raise CorruptCheckpointError(f"{path}: the statistics of '{name}' do not fit together")
+        return cls(layers)
+
+
+def _gather(layer: InputStatistics, world: int) -> list[InputStatistics]:
+    from torch import distributed
+
+    rows = layer.sample.shape[0]
+    sample, half = torch.zeros(SAMPLE, layer.total.numel()), torch.zeros(SAMPLE, dtype=torch.int8)
+    sample[:rows], half[:rows] = layer.sample, layer.half
+    head = torch.tensor([layer.count, rows, layer.stride, layer.calls])
+    gathered = []
+    for tensor in (head, layer.low, layer.high, layer.total, layer.squares, sample, half):
+        parts = [torch.empty_like(tensor) for _ in range(world)]
+        distributed.all_gather(parts, tensor)
+        gathered.append(parts)
+    return [
+        InputStatistics(int(h[0]), low, high, total, squares, x[: int(h[1])], half[: int(h[1])], int(h[2]), int(h[3]))
+        for h, low, high, total, squares, x, half in zip(*gathered, strict=True)
+    ]
+
+
+@contextlib.contextmanager
+def calibrate(model: nn.Module) -> Iterator[Statistics]:
+    """Watch the inputs of a model's linear and convolution layers while you run it.
+
+    with ocsquant.calibrate(model) as statistics:
+        for batch in batches:
+            model(**batch)
+    ocsquant.quantize(model, recipe, calibration=statistics)
+
+    Gradients, mode and outputs of the model are its own affair; the hooks are gone after the block.
+
+    Raises:
+        NonFiniteError: an input holds NaN or Inf; names the layer.
+        NotCalibratedError: at the end of the block, if no layer was reached at all.
+    """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    statistics = Statistics()
+    handles = []
+    for path, module in model.named_modules():
+        if kind_of(module) in ("linear", "conv"):
+            observe = _Observe(statistics._layers, path)
+            handles.append(module.register_forward_pre_hook(observe, with_kwargs=True))
+    try:
+        yield statistics
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not statistics:
+        raise NotCalibratedError(f"calibration reached none of the {len(handles)} layers of {type(model).__name__}")
+
+
+class _Observe:
+    def __init__(self, layers: dict[str, InputStatistics], path: str) -> None:
+        self.layers, self.path = layers, path
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x: Tensor = (args[0] if args else kwargs["input"]).detach().float()
+        dim, channels = -1, getattr(module, "in_features", None)
+        if isinstance(module, CONVOLUTIONS):
+            dim, channels = -len(module.kernel_size) - 1, module.in_channels
+        if x.dim() < -dim or x.shape[dim] != channels or x.numel() == 0:
+            return  # the layer itself says what is wrong with it
+        x = x.movedim(dim, -1).reshape(-1, x.shape[dim]).cpu()
+        bad = ~x.isfinite()
+        if bad.any():
+            where = f"the input of {self.path or 'the model'}"
+            raise NonFiniteError(where, int(bad.sum()), int(bad.flatten().nonzero()[0]))
+        self.layers.setdefault(self.path, InputStatistics.empty(x.shape[1])).add(x)
+
+
+def statistics_of(model: nn.Module, calibration: Any, progress: Any) -> Statistics:
+    """Statistics from themselves, or from batches: a mapping calls model(**batch), a tuple or list model(*batch)."""
+    if isinstance(calibration, Statistics):
+        if not any(path in calibration for path, _ in model.named_modules()):
+            raise ArgumentError("calibration", "statistics of this model's layers", repr(calibration))
+        return calibration
+    if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
+        expected = "an iterable of batches or an ocsquant.Statistics"
+        raise ArgumentTypeError("calibration", expected, type(calibration).__name__)
+    modes = [(module, module.training) for module in model.modules()]
+    count = 0
+    try:
+        model.eval()
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            statistics: Statistics | None = None
+            for batch in progress(calibration):
+                # Entered with the first batch: an empty iterable has an error of its own.
+                if statistics is None:
+                    statistics = stack.enter_context(calibrate(model))
+                count += 1
+                if isinstance(batch, Mapping):
+                    model(**batch)
+                elif isinstance(batch, (tuple, list)):
+                    model(*batch)
+                else:
+                    model(batch)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if statistics is None:
+        raise ArgumentError("calibration", "an iterable of at least one batch", "an empty one")
+    return statistics

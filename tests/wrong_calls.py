@@ -1,0 +1,307 @@
+"""Right and wrong values for every argument of every public callable; test_arguments.py makes the calls."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import ocsquant
+from ocsquant import OCS, Activations, ArgumentTypeError, Recipe, Weights, ops
+
+MODEL = nn.Sequential(nn.Linear(128, 64))
+QUANTIZED = ocsquant.quantize(copy.deepcopy(MODEL))
+SPLIT = ocsquant.quantize(copy.deepcopy(MODEL), Recipe(Weights(bits=None, split=OCS(0.05)), None))
+RECIPE = Recipe().to_json()
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype)
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return tensor(*shape, dtype=torch.int8)
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+PACKED = ops.pack_weight(int8(70, 30), int8(70, 3))
+INDEX = int32(1, 5, 29)
+
+
+@dataclass
+class Wrong:
+    """A value with an error of its own, or whose error names something else than the argument."""
+
+    value: Any
+    error: type[Exception] | None = None
+    text: str | None = None
+
+
+@dataclass
+class Case:
+    """A callable, a right call, what is wrong beyond the generated values, and why a category has no wrong value."""
+
+    call: Callable[..., Any]
+    right: dict[str, Any] = field(default_factory=dict)
+    wrong: dict[str, dict[str, Any]] = field(default_factory=dict)  # argument -> category -> value
+    excused: dict[str, str] = field(default_factory=dict)  # "argument.category" -> reason
+
+    @property
+    def operator(self) -> bool:
+        return self.call.__module__ == ops.__name__
+
+
+NAN_MODEL = nn.Sequential(nn.Linear(128, 64))
+NAN_MODEL[0].weight.data[3, 4] = float("nan")
+
+with ocsquant.calibrate(MODEL) as SEEN:
+    MODEL(torch.randn(5, 128))
+OTHERS = ocsquant.Statistics({"0": ocsquant.InputStatistics.empty(9)})
+
+
+def observe(model: nn.Module) -> None:
+    with ocsquant.calibrate(model):
+        model(torch.zeros(1, 128))
+
+
+CASES = {
+    "OCS": Case(
+        OCS,
+        wrong={
+            "expand_ratio": {"range": 1.5, "below": -0.1, "nan": float("nan")},
+            "max_overhead": {"range": 2.0, "below": -0.1},
+            "shares": {"range": "thirds"},
+            "select": {"range": "best"},
+        },
+    ),
+    "Weights": Case(
+        Weights,
+        wrong={
+            "bits": {"range": 9, "below": 1, "without split": None},
+            "granularity": {"range": "row"},
+            "group_size": {"range": 4, "above": 131073},
+            "clip": {"range": "percentile"},
+        },
+        excused={"split.range": "valid by construction"},
+    ),
+    "Activations": Case(
+        Activations,
+        wrong={
+            "bits": {"range": 16, "below": 1},
+            "max_outliers": {"range": 65, "below": -1},
+            "outlier_threshold": {"range": 1.0, "above": 2e6},
+            "scale": {"range": "row"},
+            "smooth_alpha": {"range": 2.0, "below": -1.0},
+        },
+    ),
+    "PerTensorStatic": Case(
+        ocsquant.PerTensorStatic, wrong={"bits": {"range": 9}, "max_outliers": {"range": 65, "below": -1}}
+    ),
+    "PerChannelStatic": Case(
+        ocsquant.PerChannelStatic,
+        wrong={
+            "bits": {"range": 1},
+            "max_outliers": {"range": 65, "below": -1},
+            "smooth_alpha": {"range": 1.5, "below": -0.1, "nan": float("nan")},
+        },
+    ),
+    "InputStatistics": Case(
+        ocsquant.InputStatistics.empty,
+        {"channels": 3},
+        excused={"channels": "made by calibrate; a width of another layer is refused where statistics are used"},
+    ),
+    "Statistics": Case(
+        ocsquant.Statistics, wrong={"layers": {"range": Wrong({"a": 3}, ArgumentTypeError), "keys": {3: SEEN["0"]}}}
+    ),
+    "Statistics.merge": Case(
+        ocsquant.Statistics.merge,
+        {"self": SEEN, "other": SEEN},
+        {"other": {"range": OTHERS}},
+        {"self": "valid by construction"},
+    ),
+    "Statistics.save": Case(
+        ocsquant.Statistics.save,
+        {"self": SEEN, "path": "seen"},
+        {"path": {"range": Wrong("missing/file", Exception, "missing")}},
+        {"self": "valid by construction"},
+    ),
+    "Statistics.load": Case(
+        ocsquant.Statistics.load,
+        {"path": "statistics"},
+        {
+            "path": {
+                "range": Wrong("missing", FileNotFoundError, "missing"),
+                "model": Wrong("file", ocsquant.CorruptCheckpointError, "no statistics"),
+            }
+        },
+    ),
+    "calibrate": Case(observe, {"model": MODEL}, excused={"model.range": "any module may be run"}),
+    "PerToken": Case(
+        ocsquant.PerToken,
+        wrong={"bits": {"range": 1}, "max_outliers": {"range": 1000}, "outlier_threshold": {"range": float("nan")}},
+    ),
+    "Recipe": Case(
+        Recipe,
+        wrong={
+            "overrides": {"range": {"a": "W9A9"}, "keys": {3: "W8A8"}, "values": {"a": 8}},
+            "ignore": {"range": ["a", 3]},
+        },
+        excused={"weights.range": "valid by construction", "activations.range": "valid by construction"},
+    ),
+    "Recipe.from_json": Case(
+        Recipe.from_json,
+        {"text": RECIPE},
+        {
+            "text": {
+                "range": RECIPE.replace('"bits": 8', '"bits": 9'),
+                "no json": "no",
+                "no mapping": "[]",
+                "empty": "{}",
+                "unknown": RECIPE.replace("{", '{"more": 1,', 1),
+                "weights": Recipe(ignore=("a",)).to_json().replace('"weights": {', '"weights": "ab", "w": {'),
+                "ignore": RECIPE.replace('"ignore": null', '"ignore": "head"'),
+                "deep": "[" * 100_000,
+            }
+        },
+    ),
+    "Recipe.to_json": Case(Recipe.to_json, {"self": Recipe()}, excused={"self": "valid by construction"}),
+    "quantize": Case(
+        ocsquant.quantize,
+        {"model": MODEL},
+        {
+            "model": {
+                "range": Wrong(nn.Sequential(nn.ReLU()), ocsquant.NothingToQuantizeError, "Sequential"),
+                "not finite": Wrong(NAN_MODEL, ocsquant.NonFiniteError, "0.weight"),
+            },
+            "recipe": {"range": "W9A9"},
+            "calibration": {"range": [], "tensor": Wrong(torch.zeros(3, 128), ArgumentTypeError)},
+            "ignore": {"string": "0", "range": ["nothing"], "regex": ["re:("], "items": [3]},
+            "filter_fn": {"range": lambda module, path: "yes"},
+            "overrides": {"range": {"nothing": "W8A8"}, "values": {"0": "W9A9"}, "keys": {3: "W8A8"}},
+        },
+        {"calibration.type": "no annotation narrows it: tried by hand", "progress.range": "all three values are right"},
+    ),
+    "report": Case(ocsquant.report, {"model": QUANTIZED}, {"model": {"range": MODEL}}),
+    "save": Case(
+        ocsquant.save,
+        {"model": QUANTIZED, "path": "file"},
+        {
+            "model": {"range": MODEL, "split": Wrong(SPLIT, ocsquant.UnsupportedModuleError, "'0'")},
+            "path": {"range": Wrong("missing/file", FileNotFoundError, "missing")},
+        },
+    ),
+    "load": Case(
+        ocsquant.load,
+        {"model": MODEL, "path": "file"},
+        {
+            "model": {"range": Wrong(nn.Sequential(nn.Linear(128, 32)), ocsquant.SchemaMismatchError, "layer '0'")},
+            "path": {"range": Wrong("missing", FileNotFoundError, "missing")},
+        },
+    ),
+    "verify_equivalence": Case(
+        ocsquant.verify_equivalence,
+        {"model": SPLIT, "reference": MODEL, "inputs": torch.zeros(1, 128)},
+        {
+            "model": {"range": MODEL},
+            "reference": {
+                "range": Wrong(nn.Sequential(nn.ReLU()), ocsquant.SchemaMismatchError),
+                "size": Wrong(nn.Sequential(nn.Linear(128, 63)), ocsquant.SchemaMismatchError),
+                "outputs": Wrong(nn.Sequential(MODEL[0], nn.Linear(64, 3)), ocsquant.SchemaMismatchError),
+            },
+            "tolerance": {"range": 2.0, "below": -1e-9, "nan": float("nan")},
+        },
+        {"inputs": "whatever the networks take; what they do not take, they refuse themselves"},
+    ),
+    "env": Case(ocsquant.env),
+    "ops.cpu_isa": Case(ops.cpu_isa),
+    "ops.pack_weight": Case(
+        ops.pack_weight,
+        {"codes": int8(70, 30), "tail": int8(70, 3)},
+        {"codes": {"deep": int8(70, 131072)}},
+        {"codes.range": "-128, which quantize never makes, is computed exactly too", "tail.range": "as codes"},
+    ),
+    "ops.unpack_weight": Case(
+        ops.unpack_weight,
+        {"packed": PACKED, "n": 70, "k": 30, "e": 3},
+        {"n": {"range": 200}, "k": {"range": 40, "below": -1, "huge": 2**62}, "e": {"range": 9, "below": -2}},
+        {"packed.range": "every byte is a code or a bound", "packed.device": "it is the only tensor"},
+    ),
+    "ops.quantized_linear": Case(
+        ops.quantized_linear,
+        {"x": tensor(2, 30), "packed": PACKED, "scale": tensor(70), "bias": tensor(70), "tail_index": INDEX},
+        {
+            "x": {"rank": tensor(), "size": tensor(2, 40), "half": tensor(2, 30, dtype=torch.float16)},
+            "tail_index": {
+                "size": Wrong(int32(*range(6)), text="tail columns"),
+                "range": int32(1, 5, 30),
+                "below": int32(-1, 5, 29),
+                "order": int32(5, 1, 29),
+            },
+            "activation_bits": {"range": 9, "below": 1},
+            "max_outliers": {"range": 65, "below": -1},
+            "outlier_threshold": {"range": 1.0, "above": 2e6, "nan": float("nan")},
+        },
+        {
+            "x.range": "NaN and Inf give NaN by definition",
+            "packed.range": "every byte is a code or a bound",
+            "scale.range": "it is only multiplied",
+            "bias.range": "it is only added",
+        },
+    ),
+    "ops.scale_folded_linear": Case(
+        ops.scale_folded_linear,
+        {
+            "x": tensor(2, 30),
+            "packed": PACKED,
+            "scale": tensor(70),
+            "input_inverse": tensor(30),
+            "input_shift": tensor(30),
+            "bias": tensor(70),
+            "tail_index": INDEX,
+        },
+        {
+            "x": {"rank": tensor(), "size": tensor(2, 40), "half": tensor(2, 30, dtype=torch.float16)},
+            "tail_index": {
+                "size": Wrong(int32(*range(6)), text="tail columns"),
+                "range": int32(1, 5, 30),
+                "order": int32(5, 1, 29),
+            },
+            "activation_bits": {"range": 9, "below": 1},
+            "max_outliers": {"range": 65, "below": -1},
+            "outlier_threshold": {"range": 1.0, "above": 2e6, "nan": float("nan")},
+        },
+        {
+            "x.range": "NaN and Inf give NaN by definition",
+            "packed.range": "every byte is a code or a bound",
+            "scale.range": "it is only multiplied",
+            "input_inverse.range": "what is not finite after it gives NaN",
+            "input_shift.range": "as input_inverse",
+            "bias.range": "it is only added",
+        },
+    ),
+    "ops.fake_quantize_split": Case(
+        ops.fake_quantize_split,
+        {"x": tensor(4, 6), "scale": tensor(4), "splits": int32(1, 1, 1, 2, 3, 1), "bits": 4},
+        {
+            "x": {"rank": tensor(6), "size": Wrong(tensor(4, 5), text="splits")},
+            "splits": {"range": int32(1, 1, 1, 0, 1, 1)},
+            "bits": {"range": 9, "below": 1},
+        },
+        {"x.range": "NaN passes through by definition", "scale.range": "a training step may push it anywhere"},
+    ),
+    "ops.dequantize_packed": Case(
+        ops.dequantize_packed,
+        {"packed": PACKED, "scale": tensor(70), "k": 30, "tail_index": INDEX},
+        {
+            "k": {"range": 64, "below": -1},
+            "scale": {"size": Wrong(tensor(140), text="140")},
+            "tail_index": {"size": Wrong(int32(*range(6)), text="e = 6"), "range": Wrong(int32(1, 5, 30), text="30")},
+        },
+        {"packed.range": "every byte is a code or a bound", "scale.range": "it is only multiplied"},
+    ),
+}
