@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from torch import Tensor, nn
 
@@ -54,9 +55,11 @@ def _fix(target: Target, seen: InputStatistics) -> None:
     if seen.total.numel() != matrix.channels:
         expected = f"statistics in which '{target.path}' has {matrix.channels} channels"
         raise ArgumentError("calibration", expected, seen.total.numel())
+    if seen.count == 0 or not (seen.minimum.isfinite() & seen.maximum.isfinite()).all():
+        raise NotCalibratedError(f"calibration saw no input of '{target.path}'")
     if a.scale == "channel":
         folded, token = _errors(target, matrix, seen)
-        if token < folded:
+        if not folded <= token:
             _per_token(target, f"output error {token / folded:.2f} of that with folded scales")
             return
     target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values)
@@ -88,7 +91,7 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
     for half in range(2):
         x, other = seen.sample[seen.half == half], 1 - half
         if x.shape[0] == 0 or not seen.low[other].isfinite().all():
-            x, other = seen.sample, half  # one half is empty: nothing better than its own range
+            return math.inf, 0.0  # one token or none: nothing to judge a fixed scale by
         exact = x @ weight.T
         transform = _transform(a, seen.low[other], seen.high[other], weight)
         scaled = dataclasses.replace(matrix, values=weight * transform.scale())

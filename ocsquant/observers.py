@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
+import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ocsquant.config import check_type
 from ocsquant.errors import (
@@ -76,46 +80,71 @@ class InputStatistics:
     @classmethod
     def empty(cls, channels: int) -> InputStatistics:
         """Of a layer that saw nothing yet."""
-        edge = torch.full((2, channels), torch.inf)
-        zero = torch.zeros(channels, dtype=torch.float64)
-        return cls(0, edge, -edge, zero, zero.clone(), torch.empty(0, channels), torch.empty(0, dtype=torch.int8))
+        edge = torch.full((2, channels), torch.inf, dtype=torch.float32, device="cpu")
+        zero = torch.zeros(channels, dtype=torch.float64, device="cpu")
+        sample = torch.empty(0, channels, dtype=torch.float32, device="cpu")
+        return cls(0, edge, -edge, zero, zero.clone(), sample, torch.empty(0, dtype=torch.int8, device="cpu"))
 
     def add(self, x: Tensor) -> None:
         """Count the float32 tokens [m, channels]."""
         # The first part of a batch goes to one half, the second to the other, and the next batch the other way round.
-        half = (torch.arange(x.shape[0]) * 2 // x.shape[0] + self.calls).remainder(2).to(torch.int8)
+        place = torch.arange(x.shape[0], device="cpu") * 2 // x.shape[0]
+        half = (place + self.calls).remainder(2).to(torch.int8)
+        low, high = self.low.clone(), self.high.clone()
         for i in range(2):
             if (part := x[half == i]).shape[0]:
-                self.low[i] = torch.minimum(self.low[i], part.amin(0))
-                self.high[i] = torch.maximum(self.high[i], part.amax(0))
+                low[i] = torch.minimum(low[i], part.amin(0))
+                high[i] = torch.maximum(high[i], part.amax(0))
+        self.low, self.high = low, high
         self.calls += 1
         self.total = self.total + x.sum(0, dtype=torch.float64)
-        self.squares = self.squares + x.square().sum(0, dtype=torch.float64)
+        self.squares = self.squares + x.double().square().sum(0)
         first = -self.count % self.stride
         self.sample = torch.cat([self.sample, x[first :: self.stride]])
         self.half = torch.cat([self.half, half[first :: self.stride]])
         self.count += x.shape[0]
-        while self.sample.shape[0] > SAMPLE:
+        self._thin(1)
+
+    def _thin(self, stride: int) -> None:
+        """Keep every stride-th token, and so few that they fit."""
+        while self.stride < stride or self.sample.shape[0] > SAMPLE:
             self.stride *= 2
             self.sample, self.half = self.sample[::2].clone(), self.half[::2].clone()
 
+    def _is_sound(self) -> bool:
+        """Whether a file's numbers can be what `add` makes."""
+        k, rows = self.total.shape[-1], self.sample.shape[0]
+        shapes = {"low": (2, k), "high": (2, k), "total": (k,), "squares": (k,), "sample": (rows, k), "half": (rows,)}
+        empty = InputStatistics.empty(0)
+        return (
+            all(type(n) is int and n >= 0 for n in (self.count, self.calls))
+            and type(self.stride) is int
+            and self.stride > 0
+            and all(getattr(self, t).shape == shape for t, shape in shapes.items())
+            and all(getattr(self, t).dtype == getattr(empty, t).dtype for t in shapes)
+            and all(bool(getattr(self, t).isfinite().all()) for t in ("total", "squares", "sample"))
+            and not bool(self.low.isnan().any() or self.high.isnan().any())
+            and bool(((self.half == 0) | (self.half == 1)).all())
+        )
+
     def merged(self, other: InputStatistics) -> InputStatistics:
-        """Both together."""
-        sample, half = torch.cat([self.sample, other.sample]), torch.cat([self.half, other.half])
-        if sample.shape[0] > SAMPLE:
-            kept = torch.linspace(0, sample.shape[0] - 1, SAMPLE).long()
-            sample, half = sample[kept], half[kept]
-        return InputStatistics(
+        """Both together; each has the share of the sample that it has of the tokens."""
+        parts = [dataclasses.replace(part) for part in (self, other)]
+        for part in parts:
+            part._thin(max(self.stride, other.stride))
+        both = InputStatistics(
             self.count + other.count,
             torch.minimum(self.low, other.low),
             torch.maximum(self.high, other.high),
             self.total + other.total,
             self.squares + other.squares,
-            sample,
-            half,
-            max(self.stride, other.stride),
+            torch.cat([part.sample for part in parts]),
+            torch.cat([part.half for part in parts]),
+            parts[0].stride,
             self.calls + other.calls,
         )
+        both._thin(1)
+        return both
 
 
 TENSORS = ("low", "high", "total", "squares", "sample", "half")
@@ -159,15 +188,19 @@ class Statistics(Mapping[str, InputStatistics]):
     def all_reduce(self) -> Statistics:
         """Statistics of all processes of the default torch.distributed group, the same on each of them.
 
-        Every process must have calibrated the same layers. Raises NotCalibratedError where they differ in number.
+        Every process must have calibrated the same layers. Raises NotCalibratedError where they differ.
         """
         from torch import distributed
 
         world = distributed.get_world_size()
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(world)]
-        distributed.all_gather(counts, torch.tensor([len(self)]))
-        if len({int(c) for c in counts}) > 1:
-            raise NotCalibratedError(f"the processes calibrated different layers: {[int(c) for c in counts]} of them")
+        text = json.dumps({path: self[path].total.numel() for path in sorted(self)})
+        digest = torch.tensor([len(self), zlib.crc32(text.encode())])
+        digests = [torch.zeros_like(digest) for _ in range(world)]
+        distributed.all_gather(digests, digest)
+        if not all(torch.equal(d, digest) for d in digests):
+            raise NotCalibratedError(
+                f"the processes calibrated different layers: {[int(d[0]) for d in digests]} of them each"
+            )
         layers = {}
         for path in sorted(self):
             parts = _gather(self[path], world)
@@ -181,7 +214,11 @@ class Statistics(Mapping[str, InputStatistics]):
         """Write a safetensors file."""
         check_type("path", path, (str, os.PathLike), "a path")
         record = {name: [layer.count, layer.stride, layer.calls] for name, layer in self.items()}
-        tensors = {f"{name}:{t}": getattr(layer, t).contiguous() for name, layer in self.items() for t in TENSORS}
+        tensors = {
+            f"{name}:{t}": getattr(layer, t).clone(memory_format=torch.contiguous_format)
+            for name, layer in self.items()
+            for t in TENSORS
+        }
         save_file(tensors, path, {KEY: json.dumps(record)})
 
     @classmethod
@@ -199,12 +236,10 @@ class Statistics(Mapping[str, InputStatistics]):
                     )
                     for name, (count, stride, calls) in record.items()
                 }
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise CorruptCheckpointError(f"{path} holds no statistics of ocsquant.calibrate: {error!r}") from error
         for name, layer in layers.items():
-            widths = {getattr(layer, t).shape[-1:] for t in TENSORS[:-1]}
-            finite = all(getattr(layer, t).isfinite().all() for t in ("total", "squares", "sample"))
-            if len(widths) > 1 or not finite or layer.half.shape != layer.sample.shape[:1]:
+            if not layer._is_sound():
                 raise CorruptCheckpointError(f"{path}: the statistics of '{name}' do not fit together")
         return cls(layers)
 
@@ -243,34 +278,47 @@ def calibrate(model: nn.Module) -> Iterator[Statistics]:
         NotCalibratedError: at the end of the block, if no layer was reached at all.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    statistics = Statistics()
-    handles = []
-    for path, module in model.named_modules():
-        if kind_of(module) in ("linear", "conv"):
-            observe = _Observe(statistics._layers, path)
-            handles.append(module.register_forward_pre_hook(observe, with_kwargs=True))
+    statistics, lock = Statistics(), threading.Lock()
+    handles: list[RemovableHandle] = []
+    # Padded batches would reach its layers as nested tensors.
+    nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
     try:
+        for module in nesting:
+            module.use_nested_tensor = False
+        for path, module in model.named_modules():
+            if kind_of(module) in ("linear", "conv"):
+                observe = _Observe(statistics._layers, path, lock)
+                handles.append(module.register_forward_pre_hook(observe, with_kwargs=True))
         yield statistics
     finally:
         for handle in handles:
             handle.remove()
+        for module in nesting:
+            module.use_nested_tensor = True
     if not statistics:
-        raise NotCalibratedError(f"calibration reached none of the {len(handles)} layers of {type(model).__name__}")
+        raise NotCalibratedError(
+            f"calibration reached none of the {len(handles)} float linear and convolution layers of "
+            f"{type(model).__name__} (a compiled model must be calibrated before its first call)"
+        )
 
 
 class _Observe:
-    def __init__(self, layers: dict[str, InputStatistics], path: str) -> None:
-        self.layers, self.path = layers, path
+    def __init__(self, layers: dict[str, InputStatistics], path: str, lock: threading.Lock) -> None:
+        self.layers, self.path, self.lock = layers, path, lock
 
-    @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = (args[0] if args else kwargs["input"]).detach().float()
+        given = args[0] if args else kwargs.get("input")
+        if isinstance(given, Tensor):
+            with torch.no_grad(), torch.inference_mode(False), self.lock:
+                self._look(module, given.detach())
+
+    def _look(self, module: nn.Module, x: Tensor) -> None:
         dim, channels = -1, getattr(module, "in_features", None)
         if isinstance(module, CONVOLUTIONS):
             dim, channels = -len(module.kernel_size) - 1, module.in_channels
         if x.dim() < -dim or x.shape[dim] != channels or x.numel() == 0:
             return  # the layer itself says what is wrong with it
-        x = x.movedim(dim, -1).reshape(-1, x.shape[dim]).cpu()
+        x = x.movedim(dim, -1).reshape(-1, x.shape[dim]).to("cpu", torch.float32, copy=True)
         bad = ~x.isfinite()
         if bad.any():
             where = f"the input of {self.path or 'the model'}"

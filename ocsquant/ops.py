@@ -133,8 +133,8 @@ def scale_folded_linear(
             only where `dynamic`.
 
     Returns:
-        [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
-        dequantized weight; nothing else gets one.
+        [..., n] in the dtype of `x`. A token with NaN or Inf, in x or in u, gives NaN. The gradient with respect to `x`
+        is that of the dequantized weight; nothing else gets one.
     """
     if dynamic is not True and dynamic is not False:  # the dispatcher takes None and numbers for it
         raise RuntimeError(f"scale_folded_linear: dynamic must be True or False, got {dynamic!r}")

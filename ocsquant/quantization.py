@@ -56,7 +56,7 @@ def quantize(
             layers and schemes without an integer kernel.
         fold_batchnorm: fold each BatchNorm that directly follows a convolution in the same nn.Sequential into it first
             (evaluation mode only).
-        progress: show a progress bar (needs tqdm); None shows it for long work on a terminal.
+        progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
         ArgumentError, ArgumentTypeError: naming the argument.

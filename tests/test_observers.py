@@ -1,7 +1,7 @@
-import copy
 import multiprocessing
 import os
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_hooks_go_even_after_an_error():
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError), ocsquant.calibrate(model):
         raise ZeroDivisionError
-    with pytest.raises(NotCalibratedError, match="none of the 4 layers of Net"), ocsquant.calibrate(model):
+    with pytest.raises(NotCalibratedError, match="none of the 4 float linear"), ocsquant.calibrate(model):
         pass
     assert snapshot(model) == before
     assert not any(m._forward_pre_hooks for m in model.modules())
@@ -123,6 +123,40 @@ def test_statistics_merge_as_if_seen_together():
         together.merge(wrong)
 
 
+def test_a_merged_sample_holds_each_part_by_its_tokens():
+    parts = []
+    for i, tokens in enumerate((1000, 1000, 1000, 1000, 250)):
+        part = InputStatistics.empty(3)
+        part.add(torch.full((tokens, 3), float(i)))
+        parts.append(part)
+    together = parts[0]
+    for part in parts[1:]:
+        together = together.merged(part)
+    shares = [int((together.sample[:, 0] == i).sum()) for i in range(5)]
+    assert max(shares[:4]) - min(shares[:4]) <= 1
+    assert abs(shares[4] - shares[0] / 4) <= 1
+    assert sum(shares) * together.stride > 4000
+
+
+def test_inference_mode_threads_and_other_defaults():
+    model = nn.Sequential(nn.Linear(6, 5))
+    with ocsquant.calibrate(model) as statistics:
+        with torch.inference_mode():
+            model(torch.randn(4, 6))
+        model(torch.randn(4, 6))
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(model, [torch.randn(7, 6) for _ in range(40)]))
+    seen = statistics["0"]
+    assert seen.count == 8 + 280
+    assert seen.sample.shape[0] == seen.half.shape[0]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert InputStatistics.empty(3).low.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_save_and_load(tmp_path):
     model = Net()
     with ocsquant.calibrate(model) as statistics:
@@ -131,7 +165,8 @@ def test_save_and_load(tmp_path):
     again = ocsquant.Statistics.load(tmp_path / "seen")
     assert list(again) == list(statistics)
     for path, seen in again.items():
-        assert (seen.count, seen.stride) == (statistics[path].count, statistics[path].stride)
+        for name in ("count", "stride", "calls"):
+            assert getattr(seen, name) == getattr(statistics[path], name)
         for name in ("low", "high", "total", "squares", "sample", "half"):
             assert torch.equal(getattr(seen, name), getattr(statistics[path], name))
     ocsquant.save(ocsquant.quantize(nn.Sequential(nn.Linear(128, 64))), tmp_path / "model")
@@ -193,7 +228,6 @@ RECIPE = Recipe(activations=PerChannelStatic())
     ],
 )
 def test_what_calibration_cannot_be(calibration, error, text):
-    model = nn.Sequential()
     model = Net()
     before = snapshot(model)
     with pytest.raises(error, match=text):
@@ -206,7 +240,7 @@ def test_a_batch_that_fails_leaves_the_model_as_it_was():
     model = Net().train()
     before = snapshot(model)
     with pytest.raises(RuntimeError):
-        ocsquant.quantize(copy.copy(model), RECIPE, calibration=[images(1)[0], torch.zeros(1)])
+        ocsquant.quantize(model, RECIPE, calibration=[images(1)[0], torch.zeros(1)])
     assert snapshot(model) == before
     assert model.training
     assert not any(m._forward_pre_hooks for m in model.modules())

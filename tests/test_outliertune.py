@@ -116,7 +116,7 @@ def test_folded_inputs_beat_a_step_per_token_where_channels_differ():
 
 
 def test_an_input_that_the_fold_would_harm_keeps_a_step_per_token():
-    """Two channels alive in one token of 64: their scale is useless for the others."""
+    """Tokens of very different sizes: a fixed scale is useless for most of them."""
     model = nn.Sequential(nn.Linear(256, 128)).eval()
     x = torch.randn(512, 256) * torch.exp(torch.randn(512, 1) * 3)
     made = ocsquant.quantize(model, RECIPES["channel"], calibration=[x])
@@ -125,6 +125,26 @@ def test_an_input_that_the_fold_would_harm_keeps_a_step_per_token():
     (line,) = ocsquant.report(made).layers
     assert line.kernel == "quantized_linear"
     assert line.reason.startswith("inputs per token: output error 0.")
+
+
+def test_a_single_token_is_nothing_to_judge_a_fixed_scale_by():
+    made = ocsquant.quantize(nn.Sequential(nn.Linear(128, 256)), RECIPES["channel"], calibration=[torch.randn(1, 128)])
+    assert made[0].input_inverse is None
+    empty = ocsquant.Statistics({"0": ocsquant.InputStatistics.empty(128)})
+    with pytest.raises(ocsquant.NotCalibratedError, match="no input of '0'"):
+        ocsquant.quantize(nn.Sequential(nn.Linear(128, 256)), RECIPES["tensor"], calibration=empty)
+
+
+def test_a_padded_transformer_encoder():
+    layer = nn.TransformerEncoderLayer(128, 4, 256, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    batch = {"src": torch.randn(3, 7, 128), "src_key_padding_mask": torch.arange(7) > torch.tensor([[6], [3], [5]])}
+    made = ocsquant.quantize(copy.deepcopy(model), RECIPES["tensor"], calibration=[batch])
+    assert made.layers[0].linear1.input_inverse is not None
+    with ocsquant.calibrate(model) as statistics:
+        model(**batch)
+    assert model.use_nested_tensor
+    assert statistics["layers.1.linear2"].count == 21
 
 
 def test_attention_reads_its_projection_past_the_hook():
@@ -140,7 +160,7 @@ def test_attention_reads_its_projection_past_the_hook():
     made = ocsquant.quantize(Net().eval(), RECIPES["channel"], calibration=[torch.randn(4, 9, 128)])
     lines = {line.path: line for line in ocsquant.report(made).layers}
     assert "calibration cannot see its input" in lines["attention.out_proj"].reason
-    assert lines["head"].kernel in ("scale_folded_linear", "quantized_linear")
+    assert lines["attention.out_proj"].kernel == "quantized_linear"
     assert made(torch.randn(2, 9, 128)).isfinite().all()
 
 

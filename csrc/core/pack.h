@@ -19,8 +19,10 @@ inline int64_t groups_of(int64_t channels) { return (channels + kGroup - 1) / kG
 inline uint8_t half_norm(int32_t squares) {
   return static_cast<uint8_t>(std::sqrt(static_cast<float>(squares)) * 0.5f + 0.9999f);
 }
-// Norms that multiply to less than 2^15.
+// Norms that multiply to less than 2^15. Half norms are at most 180 (bodies within +-127) and 182 (codes of -128), so
+// that their own product fits int16 too.
 constexpr int kMaxHalfNorms = 8191;
+static_assert(180 * 182 < 1 << 15);
 
 // codes [n][k] and tail [n][e] (or null) to packed; padding holds code 0.
 void pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight& shape, uint8_t* packed);

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocsquant.methods.grid import code_limit
+from ocsquant.methods.grid import SMALLEST_SCALE, code_limit
 from ocsquant.methods.tokens import quantize_tokens
 
 LARGEST_CODE = 32512  # csrc/core/kernels.h: what a value beyond the calibrated range may become
@@ -62,6 +62,7 @@ def input_transform(
     if scale != "token":
         t = float((reach / factor).max()) / code_limit(bits)
         step = factor * (t if t > 0 else 1.0)
+    step = step.clamp(min=SMALLEST_SCALE, max=1 / SMALLEST_SCALE)
     return InputTransform((1.0 / step).float(), middle.float() if shift else None, scale == "token")
 
 
