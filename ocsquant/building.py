@@ -100,9 +100,11 @@ def _build_target(
 
 def _matrices(target: Target) -> Iterator[Matrix]:
     """The weights to quantize, with the scales of the inputs folded in."""
-    scale = 1.0 if target.transform is None else target.transform.scale()
-    for matrix in matrices(target.source, target.path):
-        yield dataclasses.replace(matrix, values=matrix.values * scale)
+    found = matrices(target.source, target.path)
+    if target.transform is None:
+        return found
+    scale = target.transform.scale()
+    return (dataclasses.replace(matrix, values=matrix.values * scale) for matrix in found)
 
 
 def _build_linear(

@@ -336,7 +336,6 @@ def statistics_of(model: nn.Module, calibration: Any, progress: Any) -> Statisti
         expected = "an iterable of batches or an ocsquant.Statistics"
         raise ArgumentTypeError("calibration", expected, type(calibration).__name__)
     modes = [(module, module.training) for module in model.modules()]
-    count = 0
     try:
         model.eval()
         with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -345,7 +344,6 @@ def statistics_of(model: nn.Module, calibration: Any, progress: Any) -> Statisti
                 # Entered with the first batch: an empty iterable has an error of its own.
                 if statistics is None:
                     statistics = stack.enter_context(calibrate(model))
-                count += 1
                 if isinstance(batch, Mapping):
                     model(**batch)
                 elif isinstance(batch, (tuple, list)):
