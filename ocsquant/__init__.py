@@ -1,7 +1,17 @@
 """Quantize PyTorch networks for CPUs: `model = ocsquant.quantize(model)`."""
 
 from ocsquant import ops
-from ocsquant.config import OCS, SCHEMES, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
+from ocsquant.config import (
+    OCS,
+    SCHEMES,
+    Activations,
+    PerChannelStatic,
+    PerTensorStatic,
+    PerToken,
+    Recipe,
+    SplitQuant,
+    Weights,
+)
 from ocsquant.environment import Environment, env
 from ocsquant.equivalence import Equivalence, verify_equivalence
 from ocsquant.errors import (
@@ -47,6 +57,7 @@ __all__ = [
     "Recipe",
     "Report",
     "SchemaMismatchError",
+    "SplitQuant",
     "Statistics",
     "TruncatedCheckpointError",
     "UnsupportedModuleError",

@@ -30,16 +30,16 @@ from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
 
-Progress = Callable[[Iterable[Target]], Iterable[Target]]
 
-
-def build(model: nn.Module, plan: Plan, simulate: bool, progress: Progress) -> tuple[list[Change], list[Layer]]:
-    """Every change and every report line; the model is only read."""
+def build(
+    model: nn.Module, plan: Plan, simulate: bool, in_turn: Callable[[list[Target]], Iterable[Target]]
+) -> tuple[list[Change], list[Layer]]:
+    """Every change and every report line; the model is only read. `in_turn` hands out the targets when it is theirs."""
     changes: list[Change] = []
     layers: list[Layer] = []
     budget = _share_budget(plan.targets)
     shared: dict[int, QuantizedLinear] = {}
-    for target in progress(plan.targets):
+    for target in in_turn(plan.targets):
         new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
         inherit(new, target.source)
         if (
@@ -70,11 +70,11 @@ def _build_target(
 ) -> tuple[nn.Module, Layer]:
     module, recipe = target.source, target.recipe
     integer = not simulate and recipe.weights.bits is not None
-    notes = [target.note] if target.note else []
+    notes = list(target.notes)
     parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
     for matrix in _matrices(target):
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
-        if target.kind == "embedding" and recipe.weights.split is not None:
+        if target.kind == "embedding" and recipe.weights.ocs is not None:
             plan = None
             notes.append("not split: an embedding has no input channels")
         parts.append((matrix, plan))
@@ -99,12 +99,11 @@ def _build_target(
 
 
 def _matrices(target: Target) -> Iterator[Matrix]:
-    """The weights to quantize, with the scales of the inputs folded in."""
-    found = matrices(target.source, target.path)
-    if target.transform is None:
-        return found
-    scale = target.transform.scale()
-    return (dataclasses.replace(matrix, values=matrix.values * scale) for matrix in found)
+    """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
+    for matrix in matrices(target.source, target.path):
+        values = matrix.values if target.transform is None else matrix.values * target.transform.scale()
+        moments, hessian = target.moments.get(matrix.name), target.hessians.get(matrix.name)
+        yield dataclasses.replace(matrix, values=values, moments=moments, hessian=hessian)
 
 
 def _build_linear(
@@ -223,7 +222,7 @@ def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
     plans: dict[int, dict[str, ocs.SplitPlan]] = {}
     recipes = {id(t.recipe.weights): t.recipe for t in targets}
     for key, recipe in recipes.items():
-        split = recipe.weights.split
+        split = recipe.weights.ocs
         if split is None or split.max_overhead is None:
             continue
         members = [t for t in targets if id(t.recipe.weights) == key and t.kind != "embedding"]

@@ -10,7 +10,10 @@ from typing import Any
 
 from ocsquant.errors import ArgumentError, ArgumentTypeError
 
-CLIPS = ("none", "mse", "aciq", "kl")
+CLIPS = ("none", "mse", "output", "aciq", "kl")
+ROUNDINGS = ("nearest", "gptq")
+CODEBOOKS = ("kmeans", "nf4")
+LARGEST_CODEBOOK = 64  # entries
 GRANULARITIES = ("channel", "tensor", "group")
 INPUT_SCALES = ("token", "tensor", "channel")
 
@@ -68,6 +71,39 @@ class OCS:
 
 
 @dataclass(frozen=True)
+class SplitQuant:
+    """Weights cut by value in parts with a grid of their own each (SplitQuant, arXiv 2501.12428), as one codebook.
+
+    A weight is one of parts * 2^bits levels, which are int8 multiples of its row's scale: one integer product, equal to
+    the paper's sum of one layer per part. A code takes 4 bits at 2 bits in three parts, 6 at 4.
+
+    Args:
+        parts: 2..4; parts * 2^bits is at most 64.
+        clusters: the boundaries are found over the "layer" (as the paper does for linear layers) or for each "row", an
+            output (as it does for convolutions); over weights divided by the scale that `Weights.granularity` gives.
+        ranges: each part's grid spans what the "layer" holds of it, or what each "row" holds. Rows that have clusters
+            of their own have ranges of their own.
+        boundaries: "kmeans" (the paper's), or "optimal": the three parts of least squared error (slower: seconds for a
+            million weights of a layer, and for a thousand rows).
+    """
+
+    parts: int = 3
+    clusters: str = "layer"
+    ranges: str = "layer"
+    boundaries: str = "kmeans"
+
+    def __post_init__(self) -> None:
+        check_number("parts", self.parts, 2, 4, whole=True)
+        check_choice("clusters", self.clusters, ("layer", "row"))
+        check_choice("ranges", self.ranges, ("layer", "row"))
+        check_choice("boundaries", self.boundaries, ("kmeans", "optimal"))
+        if self.clusters == "row" and self.ranges == "layer":
+            raise ArgumentError("ranges", "'row' where clusters is 'row'", self.ranges)
+        if self.boundaries == "optimal" and self.parts != 3:
+            raise ArgumentError("boundaries", "'kmeans' for other than 3 parts", self.boundaries)
+
+
+@dataclass(frozen=True)
 class Weights:
     """How weights are quantized.
 
@@ -76,8 +112,14 @@ class Weights:
         granularity: one scale per "channel" (output), per "tensor", or per "group" of `group_size` inputs of an output.
         group_size: 8..131072 input channels.
         symmetric: codes in -Q..Q around zero; False uses a zero point and all 2^bits codes (per channel or group).
-        clip: "none" (largest magnitude), "mse" (least squared error), "aciq" (arXiv 1810.05723) or "kl" (TensorRT's).
-        split: an `OCS`, or None.
+        clip: "none" (largest magnitude), "mse" (least squared error of the weights), "output" (least squared error of
+            the outputs, channels weighed by the second moments of their inputs: needs calibration), "aciq" (arXiv
+            1810.05723) or "kl" (TensorRT's).
+        rounding: "nearest", or "gptq" (arXiv 2210.17323): each column makes up for the errors of those before it, on
+            the same grid; needs calibration by batches, which are run again for every 256 MiB of Hessians.
+        split: an `OCS`, a `SplitQuant`, or None.
+        codebook: None, or 2^bits levels per layer under the scales: "kmeans" (2..6 bits; clip "output" weighs the
+            channels) or "nf4" (4 bits; arXiv 2305.14314). Levels are int8 multiples of the scale.
     """
 
     bits: int | None = 8
@@ -85,7 +127,9 @@ class Weights:
     group_size: int = 128
     symmetric: bool = True
     clip: str = "none"
-    split: OCS | None = None
+    rounding: str = "nearest"
+    split: OCS | SplitQuant | None = None
+    codebook: str | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None:
@@ -94,12 +138,49 @@ class Weights:
         check_number("group_size", self.group_size, 8, 131072, whole=True)
         check_type("symmetric", self.symmetric, bool, "True or False")
         check_choice("clip", self.clip, CLIPS)
+        check_choice("rounding", self.rounding, ROUNDINGS)
         if self.split is not None:
-            check_type("split", self.split, OCS, "an ocsquant.OCS or None")
-        if not self.symmetric and (self.split is not None or self.clip != "none" or self.granularity == "tensor"):
-            raise ArgumentError("symmetric", "True with split, clip or one scale per tensor", False)
-        if self.bits is None and self.split is None:
-            raise ArgumentError("bits", "2..8 where split is None", None)
+            check_type("split", self.split, (OCS, SplitQuant), "an ocsquant.OCS, an ocsquant.SplitQuant or None")
+        if self.codebook is not None:
+            check_choice("codebook", self.codebook, CODEBOOKS)
+        plain = isinstance(self.split, OCS) and self.rounding == "nearest" and self.codebook is None
+        if self.bits is None and not plain:
+            raise ArgumentError("bits", "2..8 unless channels are only split, by an OCS", None)
+        if self.by_levels:
+            self._check_levels()
+        if not self.symmetric:
+            if self.split is not None or self.by_levels or self.granularity == "tensor":
+                raise ArgumentError("symmetric", "True with split, codebook or one scale per tensor", False)
+            if self.clip in ("aciq", "kl"):
+                raise ArgumentError("clip", "'none', 'mse' or 'output' where symmetric is False", self.clip)
+        if self.rounding == "gptq" and self.ocs is not None and not self.ocs.quantization_aware:
+            raise ArgumentError("rounding", "'nearest' for naive splits", self.rounding)
+
+    @property
+    def by_levels(self) -> bool:
+        """Whether a code is the index of a level instead of a multiple of the scale."""
+        return self.codebook is not None or isinstance(self.split, SplitQuant)
+
+    @property
+    def ocs(self) -> OCS | None:
+        """The channel splitting asked for."""
+        return self.split if isinstance(self.split, OCS) else None
+
+    def _check_levels(self) -> None:
+        assert self.bits is not None
+        if self.codebook is not None and self.split is not None:
+            raise ArgumentError("split", "None with a codebook", self.split)
+        if self.codebook == "nf4" and self.bits != 4:
+            raise ArgumentError("bits", "4 for the codebook 'nf4'", self.bits)
+        levels = 2**self.bits * (self.split.parts if isinstance(self.split, SplitQuant) else 1)
+        if levels > LARGEST_CODEBOOK:
+            raise ArgumentError(
+                "bits", f"so few that there are at most {LARGEST_CODEBOOK} levels, not {levels}", self.bits
+            )
+        if isinstance(self.split, SplitQuant) and self.granularity == "group":
+            raise ArgumentError("granularity", "'channel' or 'tensor' with a SplitQuant", self.granularity)
+        if self.clip != "none" and (self.clip != "output" or self.codebook != "kmeans"):
+            raise ArgumentError("clip", "'none' with levels ('output' for the codebook 'kmeans')", self.clip)
 
 
 @dataclass(frozen=True)
@@ -216,7 +297,7 @@ class Recipe:
 def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
     weights = {**data["weights"]}  # unlike dict(), a TypeError for anything but a mapping
     if weights.get("split") is not None:
-        weights["split"] = OCS(**weights["split"])
+        weights["split"] = (SplitQuant if "parts" in weights["split"] else OCS)(**weights["split"])
     activations = data["activations"]
     overrides = data["overrides"]
     parts = {
@@ -241,6 +322,8 @@ SCHEMES: dict[str, Recipe] = {
     "W4A8": Recipe(Weights(bits=4, granularity="group", group_size=128, symmetric=False)),
     "W4A16": Recipe(Weights(bits=4, granularity="group", group_size=128, symmetric=False), None),
     "W3A16": Recipe(Weights(bits=3, granularity="group", group_size=64, symmetric=False), None),
+    "W2A8": Recipe(Weights(bits=2, split=SplitQuant())),
+    "W2A16": Recipe(Weights(bits=2, split=SplitQuant()), None),
 }
 
 

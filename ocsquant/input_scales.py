@@ -7,8 +7,9 @@ import math
 
 from torch import Tensor, nn
 
-from ocsquant.config import Activations, Recipe
+from ocsquant.config import Activations, Recipe, Weights
 from ocsquant.errors import ArgumentError, NotCalibratedError
+from ocsquant.hessians import second_moments, unseen_by_design
 from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix
 from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
 from ocsquant.methods.tokens import quantize_tokens
@@ -30,8 +31,8 @@ def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statis
         seen = statistics.get(target.path)
         if seen is not None:
             _fix(target, seen)
-        elif isinstance(_parent(model, target.path), nn.MultiheadAttention):
-            _per_token(target, "attention reads it past its forward, so calibration cannot see its input")
+        elif (why := unseen_by_design(model, target)) is not None:
+            _per_token(target, why)
         else:
             unseen.append(target.path)
     if unseen:
@@ -42,10 +43,6 @@ def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statis
 
 def _asks(recipe: Recipe) -> bool:
     return recipe.activations is not None and recipe.activations.needs_calibration
-
-
-def _parent(model: nn.Module, path: str) -> nn.Module:
-    return model.get_submodule(path.rpartition(".")[0])
 
 
 def _fix(target: Target, seen: InputStatistics) -> None:
@@ -74,7 +71,7 @@ def _per_token(target: Target, why: str) -> None:
     assert a is not None
     alone = Activations(a.bits, a.max_outliers, a.outlier_threshold)
     target.recipe = dataclasses.replace(target.recipe, activations=alone)
-    target.note = f"inputs per token: {why}"
+    target.notes.append(f"inputs per token: {why}")
 
 
 def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[float, float]:
@@ -86,7 +83,7 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
     a, weights = target.recipe.activations, target.recipe.weights
     assert a is not None
     weight = matrix.values
-    approximate = quantize_matrix(matrix, weights, plan_splits(matrix, weights)).dequantize()
+    approximate = _approximate(dataclasses.replace(matrix, moments=second_moments(seen, None)[None]), weights)
     folded = token = 0.0
     for half in range(2):
         x, other = seen.sample[seen.half == half], 1 - half
@@ -94,15 +91,20 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
             return math.inf, 0.0  # one token or none: nothing to judge a fixed scale by
         exact = x @ weight.T
         transform = _transform(a, seen.low[other], seen.high[other], weight)
-        scaled = dataclasses.replace(matrix, values=weight * transform.scale())
+        moments = second_moments(seen, transform)[None]
+        scaled = dataclasses.replace(matrix, values=weight * transform.scale(), moments=moments)
         codes, step = transformed_codes(x, transform, a.bits, a.max_outliers, a.outlier_threshold)
-        y = (codes * step[:, None]) @ quantize_matrix(scaled, weights, plan_splits(scaled, weights)).dequantize().T
+        y = (codes * step[:, None]) @ _approximate(scaled, weights).T
         if transform.shift is not None:
             y = y + weight @ transform.shift
         folded += _relative(y, exact)
         codes, step = quantize_tokens(x, a.bits, a.max_outliers, a.outlier_threshold)
         token += _relative((codes * step[:, None]) @ approximate.T, exact)
     return folded, token
+
+
+def _approximate(matrix: Matrix, weights: Weights) -> Tensor:
+    return quantize_matrix(matrix, weights, plan_splits(matrix, weights)).dequantize()
 
 
 def _relative(y: Tensor, exact: Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -9,10 +10,13 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from ocsquant.config import OCS, Weights
+from ocsquant.config import OCS, SplitQuant, Weights
 from ocsquant.errors import NonFiniteError
 from ocsquant.methods import ocs
+from ocsquant.methods.codebook import quantize_codebook
+from ocsquant.methods.gptq import gptq
 from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, quantize_weight
+from ocsquant.methods.splitquant import quantize_splitquant
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU)
@@ -30,6 +34,8 @@ class Matrix:
     values: Tensor
     channels: int
     positions: int
+    moments: Tensor | None = None  # float32 [1 or outputs, channels], second ones of its inputs
+    hessian: Tensor | None = None  # float32 [columns, columns], of its inputs
 
     def magnitude(self) -> Tensor:
         """[outputs, channels]: the largest |w| over a kernel's positions."""
@@ -85,7 +91,7 @@ def splits_in_order(matrix: Matrix, weights: Weights) -> Iterator[tuple[int, flo
 
 def plan_splits(matrix: Matrix, weights: Weights) -> ocs.SplitPlan | None:
     """Which channels of one matrix to split, for `expand_ratio`; None where nothing is to be split."""
-    split = weights.split
+    split = weights.ocs
     if split is None or split.max_overhead is not None:
         return None
     splits = ocs.split_count(split.expand_ratio, matrix.channels)
@@ -105,23 +111,38 @@ def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitP
 
 def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     """The codes of one weight, clipped after splitting."""
+    grid = _nearest(matrix, weights, plan)
+    if weights.rounding == "gptq" and matrix.hessian is not None:
+        return gptq(matrix.values, grid, matrix.hessian)
+    return grid
+
+
+def _nearest(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     assert weights.bits is not None
+    values, bits, granularity, size = matrix.values, weights.bits, weights.granularity, weights.group_size
+    moments = None if matrix.moments is None else matrix.moments.repeat_interleave(matrix.positions, 1)
+    if isinstance(weights.split, SplitQuant):
+        s = weights.split
+        return quantize_splitquant(values, bits, granularity, s.parts, s.clusters, s.ranges, s.boundaries)
+    if weights.codebook is not None:
+        return quantize_codebook(values, bits, granularity, size, weights.codebook, moments)
     ranges = None if plan is None else plan.ranges().repeat_interleave(matrix.positions)
     quantized = quantize_weight(
-        matrix.values, weights.bits, weights.granularity, weights.group_size, weights.symmetric, weights.clip, ranges
+        values, bits, granularity, size, weights.symmetric, weights.clip, ranges, moments=moments
     )
-    if plan is None or weights.split is None or weights.split.quantization_aware:
+    if plan is None or weights.ocs is None or weights.ocs.quantization_aware:
         return quantized
     copies = ocs.SplitPlan(plan.copies.repeat_interleave(matrix.positions), plan.shares)
     columns = torch.arange(matrix.values.shape[1]) // quantized.group_size
-    codes = ocs.naive_codes(matrix.values, quantized.scale[:, columns], copies, code_limit(weights.bits))
-    return QuantizedWeight(codes, quantized.scale, None, quantized.ranges, quantized.bits, quantized.group_size)
+    codes = ocs.naive_codes(values, quantized.scale[:, columns], copies, code_limit(bits))
+    return dataclasses.replace(quantized, codes=codes)
 
 
 def stored_bytes(quantized: QuantizedWeight, plan: ocs.SplitPlan | None, positions: int) -> int:
-    """Bytes of codes, scales, zero points and tail columns, codes packed to their bits."""
+    """Bytes of codes, scales, zero points, levels and tail columns, codes packed to their bits."""
     n, k = quantized.codes.shape
     groups = quantized.scale.shape[1]
     tail = 0 if plan is None else int((plan.copies > 1).sum()) * positions
     zero = 0 if quantized.zero is None else n * groups * quantized.bits / 8
-    return int(n * k * quantized.bits / 8 + n * groups * 4 + zero + n * tail + 4 * tail)
+    levels = 0 if quantized.levels is None else quantized.levels.numel()
+    return int(n * k * quantized.bits / 8 + n * groups * 4 + zero + levels + n * tail + 4 * tail)

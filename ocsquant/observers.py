@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ocsquant.config import check_type
 from ocsquant.errors import (
@@ -27,7 +25,7 @@ from ocsquant.errors import (
     NonFiniteError,
     NotCalibratedError,
 )
-from ocsquant.layers import CONVOLUTIONS, kind_of
+from ocsquant.inputs import run_batches, statistics_key, tokens, watch
 
 SAMPLE = 128  # tokens kept of every layer, evenly spread over all it saw
 KEY = "ocsquant_statistics"
@@ -264,7 +262,7 @@ def _gather(layer: InputStatistics, world: int) -> list[InputStatistics]:
 
 @contextlib.contextmanager
 def calibrate(model: nn.Module) -> Iterator[Statistics]:
-    """Watch the inputs of a model's linear and convolution layers while you run it.
+    """Watch the inputs of a model's linear, convolution, LSTM and GRU layers while you run it.
 
     with ocsquant.calibrate(model) as statistics:
         for batch in batches:
@@ -278,81 +276,45 @@ def calibrate(model: nn.Module) -> Iterator[Statistics]:
         NotCalibratedError: at the end of the block, if no layer was reached at all.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    statistics, lock = Statistics(), threading.Lock()
-    handles: list[RemovableHandle] = []
-    # Padded batches would reach its layers as nested tensors.
-    nesting = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and m.use_nested_tensor]
-    try:
-        for module in nesting:
-            module.use_nested_tensor = False
-        for path, module in model.named_modules():
-            if kind_of(module) in ("linear", "conv"):
-                observe = _Observe(statistics._layers, path, lock)
-                handles.append(module.register_forward_pre_hook(observe, with_kwargs=True))
+    statistics = Statistics()
+
+    def look(path: str, module: nn.Module, given: Any, state: Any) -> None:
+        for name, x in tokens(module, given, state):
+            key = statistics_key(path, name)
+            check_finite_input(x, key)
+            statistics._layers.setdefault(key, InputStatistics.empty(x.shape[1])).add(x)
+
+    with watch(model, look) as watched:
         yield statistics
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in nesting:
-            module.use_nested_tensor = True
     if not statistics:
         raise NotCalibratedError(
-            f"calibration reached none of the {len(handles)} float linear and convolution layers of "
-            f"{type(model).__name__} (a compiled model must be calibrated before its first call)"
+            f"calibration reached none of the {watched} float layers of {type(model).__name__} that have inputs "
+            f"(a compiled model must be calibrated before its first call)"
         )
 
 
-class _Observe:
-    def __init__(self, layers: dict[str, InputStatistics], path: str, lock: threading.Lock) -> None:
-        self.layers, self.path, self.lock = layers, path, lock
+def check_finite_input(x: Tensor, key: str) -> None:
+    bad = ~x.isfinite()
+    if bad.any():
+        where = f"the input of {key or 'the model'}"
+        raise NonFiniteError(where, int(bad.sum()), int(bad.flatten().nonzero()[0]))
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = args[0] if args else kwargs.get("input")
-        if isinstance(given, Tensor):
-            with torch.no_grad(), torch.inference_mode(False), self.lock:
-                self._look(module, given.detach())
 
-    def _look(self, module: nn.Module, x: Tensor) -> None:
-        dim, channels = -1, getattr(module, "in_features", None)
-        if isinstance(module, CONVOLUTIONS):
-            dim, channels = -len(module.kernel_size) - 1, module.in_channels
-        if x.dim() < -dim or x.shape[dim] != channels or x.numel() == 0:
-            return  # the layer itself says what is wrong with it
-        x = x.movedim(dim, -1).reshape(-1, x.shape[dim]).to("cpu", torch.float32, copy=True)
-        bad = ~x.isfinite()
-        if bad.any():
-            where = f"the input of {self.path or 'the model'}"
-            raise NonFiniteError(where, int(bad.sum()), int(bad.flatten().nonzero()[0]))
-        self.layers.setdefault(self.path, InputStatistics.empty(x.shape[1])).add(x)
+def check_batches(calibration: Any) -> None:
+    """Raise ArgumentTypeError for anything but an iterable of batches."""
+    if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
+        expected = "an iterable of batches or an ocsquant.Statistics"
+        raise ArgumentTypeError("calibration", expected, type(calibration).__name__)
 
 
 def statistics_of(model: nn.Module, calibration: Any, progress: Any) -> Statistics:
     """Statistics from themselves, or from batches: a mapping calls model(**batch), a tuple or list model(*batch)."""
     if isinstance(calibration, Statistics):
-        if not any(path in calibration for path, _ in model.named_modules()):
+        keys = (path for path, _ in model.named_modules())
+        if not any(key == path or key.startswith(f"{path}.weight_") for path in keys for key in calibration):
             raise ArgumentError("calibration", "statistics of this model's layers", repr(calibration))
         return calibration
-    if isinstance(calibration, (Tensor, Mapping, str, bytes)) or not isinstance(calibration, Iterable):
-        expected = "an iterable of batches or an ocsquant.Statistics"
-        raise ArgumentTypeError("calibration", expected, type(calibration).__name__)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            statistics: Statistics | None = None
-            for batch in progress(calibration):
-                # Entered with the first batch: an empty iterable has an error of its own.
-                if statistics is None:
-                    statistics = stack.enter_context(calibrate(model))
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if statistics is None:
-        raise ArgumentError("calibration", "an iterable of at least one batch", "an empty one")
+    check_batches(calibration)
+    with calibrate(model) as statistics:
+        run_batches(model, progress(calibration))
     return statistics

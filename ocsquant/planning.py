@@ -7,12 +7,12 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
@@ -46,7 +46,9 @@ class Target:
     recipe: Recipe
     path: str
     transform: InputTransform | None = None
-    note: str = ""
+    moments: dict[str, Tensor] = field(default_factory=dict)  # of the inputs of each weight, for clip "output"
+    hessians: dict[str, Tensor] = field(default_factory=dict)  # the same for rounding "gptq", while it is built
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass

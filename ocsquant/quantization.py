@@ -14,6 +14,7 @@ from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError
 from ocsquant.folding import fold_batchnorms
+from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
 from ocsquant.planning import Target, make_plan, merge_request
@@ -43,8 +44,9 @@ def quantize(
 
     Args:
         model: any module; may itself be the layer. If anything fails, it is left exactly as it was.
-        recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16".
-        calibration: for recipes that ask for it (`Activations` other than per token): an iterable of batches (a mapping
+        recipe: an `ocsquant.Recipe`, or a scheme: "W8A8" (default), "W8A16", "W4A8", "W4A16", "W3A16", "W2A8", "W2A16".
+        calibration: for recipes that ask for it (`Activations` other than per token, clip "output", rounding "gptq",
+            which needs batches): an iterable of batches (a mapping
             calls model(**batch), a tuple or list model(*batch), anything else model(batch); in evaluation mode, without
             gradients), or the statistics of `ocsquant.calibrate`.
         ignore: patterns of module paths to leave alone (globs, or regular expressions after "re:"); instead of the
@@ -72,15 +74,26 @@ def quantize(
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
     seen = None
+
+    def bar(batches: Iterable[Any]) -> Iterable[Any]:
+        return _bar_of(batches, progress, "calibrate", "batch")
+
     with torch.no_grad():
         changes, folded, lines = fold_batchnorms(model) if fold_batchnorm else ([], {}, [])
         plan = make_plan(model, *request, filter_fn, simulate)
         for target in plan.targets:
             target.source = folded.get(id(target.module), target.module)
+        if any(target.recipe.weights.rounding == "gptq" for target in plan.targets):
+            calibration = repeatable(calibration)
         if calibration is not None:
-            seen = statistics_of(model, calibration, lambda batches: _bar_of(batches, progress, "calibrate", "batch"))
+            seen = statistics_of(model, calibration, bar)
         fix_input_scales(model, plan.targets, seen)
-        more, layers = build(model, plan, simulate, lambda targets: _bar(targets, progress))
+        attach_moments(model, plan.targets, seen)
+
+        def in_turn(targets: list[Target]) -> Iterable[Target]:
+            return with_hessians(model, _bar(targets, progress), calibration, bar)
+
+        more, layers = build(model, plan, simulate, in_turn)
         changes = changes + more
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)

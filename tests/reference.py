@@ -2,6 +2,7 @@
 
 import math
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -126,3 +127,42 @@ def scale_folded_linear(
     y = torch.stack(rows)
     y = y if bias is None else y + bias
     return y.reshape(*x.shape[:-1], scale.numel()).to(x.dtype)
+
+
+def gptq(
+    w: Tensor, hessian: Tensor, codes_of: Callable[[Tensor, int], Tensor], values_of: Callable[[Tensor, int], Tensor]
+):
+    """Codes float64 [n, k] as optimal brain surgeon gives them, one column after the other, H inverted anew each time.
+
+    codes_of(values [n], column) and values_of(codes [n], column) are the grid. The rounding error of column q moves the
+    columns F that are left by -(error) * (H_F^-1)_qF / (H_F^-1)_qq.
+    """
+    rest = w.double().clone()
+    codes = torch.zeros_like(rest)
+    left = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+    while left:
+        column = left[0]
+        inverse = torch.linalg.inv(hessian.double()[left][:, left])
+        codes[:, column] = codes_of(rest[:, column], column)
+        error = rest[:, column] - values_of(codes[:, column], column)
+        rest[:, left] -= error[:, None] * (inverse[0] / inverse[0, 0])
+        left = left[1:]
+    return codes
+
+
+def kmeans_step(values: list[float], centres: list[float]) -> list[float]:
+    """One step of Lloyd: the mean of the values nearest to each centre."""
+    held: list[list[float]] = [[] for _ in centres]
+    for v in values:
+        held[min(range(len(centres)), key=lambda i: abs(v - centres[i]))].append(v)
+    return [sum(h) / len(h) if h else c for h, c in zip(held, centres, strict=True)]
+
+
+def split_error(values: list[float], cuts: tuple[int, int], levels: int) -> float:
+    """Squared error of sorted values in three parts, each rounded to evenly spaced levels over its range."""
+    total = 0.0
+    for part in (values[: cuts[0]], values[cuts[0] : cuts[1]], values[cuts[1] :]):
+        if part:
+            grid = [part[0] + (part[-1] - part[0]) * i / (levels - 1) for i in range(levels)]
+            total += sum(min((v - g) ** 2 for g in grid) for v in part)
+    return total

@@ -15,7 +15,7 @@ import pytest
 import torch
 from networks import snapshot
 from torch import nn
-from wrong_calls import CASES, MODEL, QUANTIZED, SEEN, Case, Wrong, tensor
+from wrong_calls import CASES, MODEL, QUANTIZED, SEEN, TOGETHER, Case, Wrong, tensor
 
 import ocsquant
 from ocsquant import ArgumentError, ArgumentTypeError, Recipe, ops
@@ -165,6 +165,13 @@ def test_wrong_call_names_the_argument_and_changes_nothing(name, argument, categ
 @pytest.mark.parametrize("name", CASES)
 def test_the_right_call_is_right(name):
     CASES[name].call(**copy.deepcopy(CASES[name].right))
+
+
+@pytest.mark.parametrize(("argument", "call"), TOGETHER)
+def test_values_that_do_not_go_together(argument, call):
+    with pytest.raises(ArgumentError) as caught:
+        call()
+    assert caught.value.arg == argument
 
 
 def test_progress_needs_tqdm(monkeypatch):

@@ -67,7 +67,7 @@ def test_hooks_go_even_after_an_error():
     before = snapshot(model)
     with pytest.raises(ZeroDivisionError), ocsquant.calibrate(model):
         raise ZeroDivisionError
-    with pytest.raises(NotCalibratedError, match="none of the 4 float linear"), ocsquant.calibrate(model):
+    with pytest.raises(NotCalibratedError, match="none of the 4 float layers"), ocsquant.calibrate(model):
         pass
     assert snapshot(model) == before
     assert not any(m._forward_pre_hooks for m in model.modules())

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ocsquant
-from ocsquant import OCS, Activations, ArgumentTypeError, Recipe, Weights, ops
+from ocsquant import OCS, Activations, ArgumentTypeError, Recipe, SplitQuant, Weights, ops
 
 MODEL = nn.Sequential(nn.Linear(128, 64))
 QUANTIZED = ocsquant.quantize(copy.deepcopy(MODEL))
@@ -89,6 +89,28 @@ EXCUSED_LINEAR = {
     "bias.range": "it is only added",
 }
 
+# Values that are right alone and wrong together: the argument the error names, and the call.
+TOGETHER: list[tuple[str, Callable[[], Any]]] = [
+    ("bits", lambda: Weights(bits=None, split=SplitQuant())),
+    ("bits", lambda: Weights(bits=None, split=OCS(0.1), rounding="gptq")),
+    ("bits", lambda: Weights(bits=5, split=SplitQuant())),
+    ("bits", lambda: Weights(bits=7, codebook="kmeans")),
+    ("bits", lambda: Weights(bits=3, codebook="nf4")),
+    ("clip", lambda: Weights(symmetric=False, clip="kl")),
+    ("clip", lambda: Weights(bits=4, codebook="nf4", clip="output")),
+    ("clip", lambda: Weights(bits=4, codebook="kmeans", clip="mse")),
+    ("clip", lambda: Weights(bits=2, split=SplitQuant(), clip="output")),
+    ("symmetric", lambda: Weights(bits=4, codebook="nf4", symmetric=False)),
+    ("symmetric", lambda: Weights(symmetric=False, split=OCS(0.1))),
+    ("symmetric", lambda: Weights(symmetric=False, granularity="tensor")),
+    ("granularity", lambda: Weights(bits=2, granularity="group", split=SplitQuant())),
+    ("rounding", lambda: Weights(rounding="gptq", split=OCS(0.1, quantization_aware=False))),
+    ("split", lambda: Weights(bits=4, codebook="nf4", split=OCS(0.1))),
+    ("ranges", lambda: SplitQuant(clusters="row")),
+    ("boundaries", lambda: SplitQuant(parts=2, boundaries="optimal")),
+    ("max_overhead", lambda: OCS(expand_ratio=0.1, max_overhead=0.1)),
+]
+
 CASES = {
     "OCS": Case(
         OCS,
@@ -106,8 +128,19 @@ CASES = {
             "granularity": {"range": "row"},
             "group_size": {"range": 4, "above": 131073},
             "clip": {"range": "percentile"},
+            "rounding": {"range": "up"},
+            "codebook": {"range": "nf3"},
         },
         excused={"split.range": "valid by construction"},
+    ),
+    "SplitQuant": Case(
+        SplitQuant,
+        wrong={
+            "parts": {"range": 5, "below": 1},
+            "clusters": {"range": "column"},
+            "ranges": {"range": "column"},
+            "boundaries": {"range": "best"},
+        },
     ),
     "Activations": Case(
         Activations,

@@ -1,4 +1,4 @@
-"""Which magnitude the largest code stands for: none, least squared error, ACIQ, KL divergence.
+"""Which magnitude the largest code stands for: none, least squared error (of weights or outputs), ACIQ, KL divergence.
 
 All take the magnitudes a *copy* of a channel holds (|w| / r), so that clipping happens after splitting, as the OCS
 paper says (its reference code clips before).
@@ -15,18 +15,22 @@ MSE_STEPS = 64
 KL_BINS, KL_START = 1001, 128
 
 
-def clip_threshold(share: Tensor, ranges: Tensor, bits: int, method: str, whole: bool) -> Tensor:
+def clip_threshold(
+    share: Tensor, ranges: Tensor, bits: int, method: str, whole: bool, moments: Tensor | None = None
+) -> Tensor:
     """The magnitude of code Q for each block.
 
-    share: [n, groups, size], magnitudes |w| / r, zeros as padding; ranges: the same shape, r of each value.
+    share: [n, groups, size], magnitudes |w| / r, zeros as padding; ranges: the same shape, r of each value; moments:
+    the same shape, what the squared error of each value counts ("output": the second moment of its input channel).
     whole: one threshold for everything. Returns [n, groups].
     """
     n, groups, _ = share.shape
     if whole:
         share, ranges = share.reshape(1, 1, -1), ranges.reshape(1, 1, -1)
+        moments = None if moments is None else moments.reshape(1, 1, -1)
     maximum = share.amax(-1)
-    if method == "mse":
-        threshold = _least_squares(share, ranges, bits, maximum)
+    if method in ("mse", "output"):
+        threshold = _least_squares(share, ranges, bits, maximum, moments if method == "output" else None)
     elif method == "aciq":
         threshold = torch.minimum(_aciq(share, bits), maximum)
     elif method == "kl":
@@ -36,8 +40,34 @@ def clip_threshold(share: Tensor, ranges: Tensor, bits: int, method: str, whole:
     return threshold.expand(n, groups)
 
 
-def _least_squares(share: Tensor, ranges: Tensor, bits: int, maximum: Tensor) -> Tensor:
-    """Sweep evenly spaced thresholds for the least squared error of the quantized values."""
+def clip_range(
+    blocks: Tensor, low: Tensor, high: Tensor, bits: int, method: str, moments: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The ends [n, groups] of an asymmetric grid over blocks [n, groups, size]: both drawn in by one factor.
+
+    low <= 0 <= high are the full range; moments: as of `clip_threshold`.
+    """
+    if method == "none":
+        return low, high
+    best, factor = torch.full_like(low, math.inf), torch.ones_like(low)
+    for step in range(MSE_STEPS // 4, MSE_STEPS + 1):
+        share = step / MSE_STEPS
+        scale = ((high - low) * (share / (2**bits - 1))).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+        zero = (-low[..., None] * share / scale).round_()
+        code = (blocks / scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+        error = _error(code.sub_(zero).mul_(scale).sub_(blocks), moments if method == "output" else None)
+        better = error <= best
+        best, factor = torch.where(better, error, best), torch.where(better, share, factor)
+    return low * factor, high * factor
+
+
+def _error(difference: Tensor, moments: Tensor | None) -> Tensor:
+    square = difference.square_()
+    return (square if moments is None else square.mul_(moments)).sum(-1)
+
+
+def _least_squares(share: Tensor, ranges: Tensor, bits: int, maximum: Tensor, moments: Tensor | None) -> Tensor:
+    """Sweep evenly spaced thresholds for the least (weighted) squared error of the quantized values."""
     limit = 2 ** (bits - 1) - 1
     value = share * ranges
     best = torch.full_like(maximum, math.inf)
@@ -46,7 +76,7 @@ def _least_squares(share: Tensor, ranges: Tensor, bits: int, maximum: Tensor) ->
         candidate = maximum * (step / MSE_STEPS)
         scale = (candidate / limit).clamp(min=torch.finfo(torch.float32).tiny)[..., None]
         code = torch.minimum((value / scale).round_(), ranges * limit)
-        error = (code.mul_(scale) - value).square_().sum(-1)
+        error = _error(code.mul_(scale) - value, moments)
         better = error <= best
         best = torch.where(better, error, best)
         threshold = torch.where(better, candidate, threshold)

@@ -1,7 +1,7 @@
-"""The quantizer of weights: codes on a uniform grid, with a wider range for split channels.
+"""The quantizer of weights: codes on a uniform grid, with a wider range for split channels, or indices of levels.
 
 code = clamp(rint(w * (1 / scale)), -r_k Q, r_k Q), Q = 2^(bits - 1) - 1, r_k the range of input channel k (1: not
-split).
+split); with a zero point clamp(rint(w * (1 / scale)) + zero, 0, 2^bits - 1); with levels the nearest of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocsquant.methods.clip import clip_threshold
+from ocsquant.methods.clip import clip_range, clip_threshold
 
 SMALLEST_SCALE = 2.0**-120  # below it 1 / scale and scale * code leave float32's normal range
 TAIL_LIMIT = 127  # a tail column is int8
@@ -32,7 +32,8 @@ class QuantizedWeight:
     """A quantized [n, k] matrix.
 
     codes: int16 [n, k]; scale: float32 [n, groups]; zero: float32 [n, groups] or None (symmetric);
-    ranges: int32 [k]; bits, group_size (k where there is one group).
+    ranges: int32 [k]; bits: of a stored code; group_size (k where there is one group);
+    levels: int8 [1 or n, entries], ascending, that codes are indices of, or None (codes are the numbers themselves).
     """
 
     codes: Tensor
@@ -41,24 +42,53 @@ class QuantizedWeight:
     ranges: Tensor
     bits: int
     group_size: int
+    levels: Tensor | None = None
+
+    def encode(self, w: Tensor, group: int, ranges: Tensor) -> Tensor:
+        """Whole float32 codes [n, m] of values [n, m] of one group, on this weight's grid; ranges: [m]."""
+        units = w * (1.0 / self.scale[:, group])[:, None]
+        if self.levels is not None:
+            return nearest_level(units, self.levels).float()
+        if self.zero is not None:
+            return units.round_().add_(self.zero[:, group, None]).clamp_(0, 2**self.bits - 1)
+        limit = ranges * float(code_limit(self.bits))
+        return units.round_().clamp_(-limit, limit)
+
+    def decode(self, codes: Tensor, group: int) -> Tensor:
+        """float32 [n, m], what codes of one group stand for."""
+        return (self._numbers(codes) - (0.0 if self.zero is None else self.zero[:, group, None])) * self.scale[
+            :, group, None
+        ]
+
+    def _numbers(self, codes: Tensor) -> Tensor:
+        return codes.float() if self.levels is None else _look_up(self.levels, codes).float()
+
+    def integers(self) -> Tensor:
+        """int16 [n, k]: what an integer kernel multiplies with, the codes or the levels they are indices of."""
+        return self.codes if self.levels is None else _look_up(self.levels, self.codes).to(torch.int16)
 
     def dequantize(self) -> Tensor:
         """float32 [n, k]."""
-        blocks = blocked(self.codes.float(), self.group_size)
+        blocks = blocked(self._numbers(self.codes), self.group_size)
         if self.zero is not None:
             blocks = blocks - self.zero[:, :, None]
         return (blocks * self.scale[:, :, None]).reshape(blocks.shape[0], -1)[:, : self.codes.shape[1]]
 
     def base_and_tail(self) -> tuple[Tensor, Tensor, Tensor]:
-        """base int8 [n, k] within +-Q, tail int8 [n, e], tail_index int32 [e]: base + tail gives the codes.
+        """base int8 [n, k], tail int8 [n, e], tail_index int32 [e]: base + tail gives the integers.
 
-        Channels whose codes all fit the base need no tail column.
+        Codes of a uniform grid are cut at +-Q; channels whose codes all fit need no tail column.
         """
-        limit = code_limit(self.bits)
-        base = self.codes.clamp(-limit, limit)
-        rest = self.codes - base
+        integers = self.integers()
+        limit = code_limit(self.bits) if self.levels is None else TAIL_LIMIT
+        base = integers.clamp(-limit, limit)
+        rest = integers - base
         index = rest.any(dim=0).nonzero()[:, 0]
         return base.to(torch.int8), rest[:, index].to(torch.int8).contiguous(), index.to(torch.int32)
+
+
+def _look_up(levels: Tensor, codes: Tensor) -> Tensor:
+    return levels.expand(codes.shape[0], -1).gather(1, codes.long())
 
 
 def blocked(w: Tensor, group_size: int) -> Tensor:
@@ -81,36 +111,63 @@ def quantize_weight(
     clip: str = "none",
     ranges: Tensor | None = None,
     step_threshold: Tensor | None = None,
+    moments: Tensor | None = None,
 ) -> QuantizedWeight:
     """Quantize a float32 [n, k] matrix; `ranges` int32 [k] widens the codes of split channels.
 
-    `step_threshold` [n, groups], instead of `clip`, gives the magnitude that code Q stands for.
+    `step_threshold` [n, groups], instead of `clip`, gives the magnitude that code Q stands for; `moments` [1 or
+    n, k], the second moments of the inputs, weigh the errors of clip "output".
     """
     n, k = w.shape
     ranges = torch.ones(k, dtype=torch.int32) if ranges is None else ranges
-    size = min(group_size, k) if granularity == "group" else max(k, 1)
+    size = group_length(k, granularity, group_size)
+    weighing = None if moments is None else blocked(moments.expand(n, k), size)
     if not symmetric:
-        return _quantize_asymmetric(w, bits, size, ranges)
+        return _quantize_asymmetric(w, bits, size, clip, ranges, weighing)
     limit = code_limit(bits)
     share, wide = blocked(w.abs() / ranges, size), blocked(ranges.expand(n, k).float(), size)
     if step_threshold is None:
-        step_threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor")
+        step_threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor", weighing)
     scale = usable_scale(step_threshold.float() / limit)
     codes = (blocked(w, size) * (1.0 / scale)[:, :, None]).round_()
     codes = codes.clamp_(-wide * limit, wide * limit).reshape(n, -1)[:, :k]
     return QuantizedWeight(codes.to(torch.int16), scale, None, ranges, bits, size)
 
 
-def _quantize_asymmetric(w: Tensor, bits: int, size: int, ranges: Tensor) -> QuantizedWeight:
+def group_length(k: int, granularity: str, group_size: int) -> int:
+    """Input columns that share a scale."""
+    return min(group_size, k) if granularity == "group" else max(k, 1)
+
+
+def _quantize_asymmetric(
+    w: Tensor, bits: int, size: int, clip: str, ranges: Tensor, moments: Tensor | None
+) -> QuantizedWeight:
     n, k = w.shape
-    blocks, valid = blocked(w, size), blocked(torch.ones_like(w), size) > 0
-    low = torch.where(valid, blocks, torch.zeros(())).amin(-1).clamp(max=0.0)
-    high = torch.where(valid, blocks, torch.zeros(())).amax(-1).clamp(min=0.0)
+    blocks = blocked(w, size)  # the zeros behind the last columns widen no range: 0 is always inside
+    low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
+    low, high = clip_range(blocks, low, high, bits, clip, moments)
     scale = usable_scale((high - low) / (2**bits - 1))
     inverse = 1.0 / scale
     zero = (-low * inverse).round_()
     codes = (blocks * inverse[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, 2**bits - 1)
     return QuantizedWeight(codes.reshape(n, -1)[:, :k].to(torch.int16), scale, zero, ranges, bits, size)
+
+
+def quantize_levels(w: Tensor, levels: Tensor, scale: Tensor, bits: int, size: int) -> QuantizedWeight:
+    """Each weight the nearest of int8 `levels` [1 or n, entries] times `scale` [n, groups] of `size` columns."""
+    n, k = w.shape
+    units = (blocked(w, size) * (1.0 / scale)[:, :, None]).reshape(n, -1)[:, :k]
+    ranges = torch.ones(k, dtype=torch.int32)
+    return QuantizedWeight(nearest_level(units, levels), scale, None, ranges, bits, size, levels)
+
+
+def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
+    """int16 indices of the nearest of `levels` [books, count] for values [n, m], books 1 or n."""
+    entries = levels.float()
+    middle = (entries[:, 1:] + entries[:, :-1]) / 2
+    if entries.shape[0] == 1:
+        return torch.bucketize(values.contiguous(), middle[0]).to(torch.int16)
+    return torch.searchsorted(middle, values.contiguous()).to(torch.int16)
 
 
 def weight_sqnr(w: Tensor, dequantized: Tensor) -> float:

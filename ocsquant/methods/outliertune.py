@@ -31,6 +31,10 @@ class InputTransform:
     def scale(self) -> Tensor:
         return 1.0 / self.inverse
 
+    def apply(self, x: Tensor) -> Tensor:
+        """u of float32 [m, k] inputs."""
+        return (x if self.shift is None else x - self.shift) * self.inverse
+
     def folded_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """b' of the unfolded float32 weight [n, k]."""
         if self.shift is None:
@@ -75,7 +79,7 @@ def transformed_codes(
     x: Tensor, transform: InputTransform, bits: int, max_outliers: int, outlier_threshold: float
 ) -> tuple[Tensor, Tensor]:
     """What `scale_folded_linear` multiplies: whole float32 codes [m, k] and the step [m] of float32 tokens [m, k]."""
-    u = (x if transform.shift is None else x - transform.shift) * transform.inverse
+    u = transform.apply(x)
     if transform.dynamic:
         return quantize_tokens(u, bits, max_outliers, outlier_threshold)
     limit = code_limit(bits)
