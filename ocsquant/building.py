@@ -25,7 +25,16 @@ from ocsquant.layers import (
 from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
 from ocsquant.methods.outliertune import InputTransform
-from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
+from ocsquant.nn import (
+    FORMS,
+    FakeQuantizeInput,
+    Quantized,
+    QuantizedLinear,
+    QuantizedMultiheadAttention,
+    SplitConv,
+    SplitLinear,
+    StoredWeight,
+)
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
@@ -38,7 +47,7 @@ def build(
     changes: list[Change] = []
     layers: list[Layer] = []
     budget = _share_budget(plan.targets)
-    shared: dict[int, QuantizedLinear] = {}
+    shared: dict[int, Quantized] = {}
     for target in in_turn(plan.targets):
         new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
         inherit(new, target.source)
@@ -59,14 +68,14 @@ def build(
 def _left(model: nn.Module, path: str, kind: str, reason: str) -> Layer:
     """The line of a module that is left alone; of one quantized earlier, what was recorded then."""
     module = model.get_submodule(path)
-    if not isinstance(module, QuantizedLinear):
+    if not isinstance(module, Quantized):
         return Layer(path, kind, reason=reason)
     earlier = {layer.path: layer for layer in model.__dict__.get(ATTRIBUTE) or ()}
     return dataclasses.replace(earlier.get(path) or found(path, module), reason=reason)
 
 
 def _build_target(
-    target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan], shared: dict[int, QuantizedLinear]
+    target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan], shared: dict[int, Quantized]
 ) -> tuple[nn.Module, Layer]:
     module, recipe = target.source, target.recipe
     integer = not simulate and recipe.weights.bits is not None
@@ -83,11 +92,11 @@ def _build_target(
     quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in parts]
     layer = _describe(target, parts, quantized)
     if integer:
-        assert isinstance(module, nn.Linear)
-        new: nn.Module = _build_linear(module, quantized[0], target, shared)
-        layer.kernel = "quantized_linear" if target.transform is None else "scale_folded_linear"
-        layer.bytes_after = sum(b.numel() * b.element_size() for b in new.buffers())
-        layer.split_channels = new.split_channels  # type: ignore[assignment]
+        made = _build_integer(module, quantized[0], target)
+        new: nn.Module = made
+        _share(shared, module, made)
+        layer.kernel, layer.split_channels = made.kernel, made.split_channels
+        layer.bytes_after = sum(b.numel() * b.element_size() for b in made.buffers())
     else:
         new = _build_simulated(module, [matrix for matrix, _ in parts], quantized, target.transform)
         layer.kernel = "simulated in float"
@@ -106,19 +115,25 @@ def _matrices(target: Target) -> Iterator[Matrix]:
         yield dataclasses.replace(matrix, values=values, moments=moments, hessian=hessian)
 
 
-def _build_linear(
-    module: nn.Linear, weight: QuantizedWeight, target: Target, shared: dict[int, QuantizedLinear]
-) -> QuantizedLinear:
+def _build_integer(module: nn.Module, weight: QuantizedWeight, target: Target) -> Quantized:
     activations, transform = target.recipe.activations, target.transform
-    assert activations is not None
-    if weight.scale.shape[0] != weight.codes.shape[0]:
-        weight = dataclasses.replace(weight, scale=weight.scale.expand(weight.codes.shape[0], 1))
-    new = QuantizedLinear.from_weight(weight, _bias(module, transform), activations, transform)
-    # Two layers that share a weight go on sharing it.
+    if activations is None:
+        form = FORMS[next(name for name in FORMS if isinstance(module, getattr(nn, name)))]
+        float_weight: Tensor = module.weight  # type: ignore[assignment]
+        return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
+    assert isinstance(module, nn.Linear)
+    return QuantizedLinear.from_weight(weight, _bias(module, transform), activations, transform)
+
+
+def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> None:
+    """Two layers that share a weight go on sharing it."""
     first = shared.setdefault(id(module.weight), new)
-    if first is not new and torch.equal(first.packed, new.packed) and torch.equal(first.scale, new.scale):
-        new.packed, new.scale, new.tail_index = first.packed, first.scale, first.tail_index
-    return new
+    names = [name for name in new.tensors if name != "bias" and new._buffers[name] is not None]
+    if first is new or type(first) is not type(new) or first.settings() != new.settings():
+        return
+    ours, theirs = ([m._buffers[name] for name in names] for m in (new, first))
+    if all(b is not None and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):  # type: ignore[arg-type]
+        new._buffers.update(zip(names, theirs, strict=True))
 
 
 def _bias(module: nn.Linear, transform: InputTransform | None) -> Tensor | None:

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ocsquant import ops, reporting
-from ocsquant.config import Activations, check_type
+from ocsquant import reporting
+from ocsquant.config import check_type
 from ocsquant.errors import (
     ArgumentError,
     CorruptCheckpointError,
@@ -25,12 +25,21 @@ from ocsquant.errors import (
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
-from ocsquant.layout import packed_shape
-from ocsquant.nn import FakeQuantizeInput, QuantizedLinear, QuantizedMultiheadAttention, SplitConv, SplitLinear
+from ocsquant.nn import (
+    FORMS,
+    FakeQuantizeInput,
+    Quantized,
+    QuantizedLinear,
+    QuantizedMultiheadAttention,
+    SplitConv,
+    SplitLinear,
+)
+from ocsquant.records import layer_from
 from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
 
-VERSION = 2
+VERSION = 3
 KEY = "ocsquant"
+LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
@@ -47,7 +56,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers: dict[str, Any] = {}
     attention, attributes = [], []
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Quantized):
             layers[name] = module.settings()
         elif isinstance(module, (SplitLinear, SplitConv)) or _simulated(module):
             raise UnsupportedModuleError(name, "simulated and written-out split layers are not saved by ocsquant.save")
@@ -193,10 +202,10 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     made: dict[int, nn.Module] = {}
     for path, settings in record["layers"].items():
         old = modules.get(path)
-        if not isinstance(old, (nn.Linear, QuantizedLinear)):
-            raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
+        if old is None:
+            raise SchemaMismatchError(f"the file has a quantized layer '{path}', the model has no such module")
         prefix = f"{path}." if path else ""
-        new = _layer(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
+        new = layer_from(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
         module = made.setdefault(id(old), inherit(new, old))
         changes.append(become(old, module))
     for name in record["attention"]:
@@ -215,55 +224,6 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     except TypeError as error:
         raise CorruptCheckpointError(f"the file's report cannot be read: {error}") from error
     return [*changes, set_attribute(model, reporting.ATTRIBUTE, layers or None)]
-
-
-LAYER_TENSORS = ("packed", "scale", "bias", "tail_index", "input_inverse", "input_shift")
-
-
-def _layer(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor]) -> QuantizedLinear:
-    """One quantized layer, its tensors checked for what the kernels rely on."""
-
-    def need(condition: bool, text: str) -> None:
-        if not condition:
-            raise CorruptCheckpointError(f"layer '{path}': {text}")
-
-    try:
-        k, n, bits = settings["in_features"], settings["out_features"], settings["bits"]
-        activations = Activations(**settings["activations"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptCheckpointError(f"layer '{path}': its settings cannot be read: {error}") from error
-    need(all(type(v) is int and v > 0 for v in (k, n, bits)) and 2 <= bits <= 8, "sizes and bits must be whole numbers")
-    biased = "bias" in t if "input_shift" in t else old.bias is not None  # a shift makes a bias of its own
-    if (old.in_features, old.out_features, biased) != (k, n, "bias" in t):
-        raise SchemaMismatchError(f"layer '{path}' is {n} x {k} (bias: {'bias' in t}) in the file, {old} in the model")
-    need({"packed", "scale"} <= set(t), "packed and scale must be there")
-    packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
-    need(packed.dtype == torch.uint8 and scale.dtype == torch.float32 and scale.shape == (n,), "wrong dtype or shape")
-    need(bool((scale.isfinite() & (scale > 0)).all()), "scales must be finite and positive")
-    need(bias is None or (bias.dtype == torch.float32 and bias.shape == (n,)), "bias must be float32, one per output")
-    need(bias is None or bool(bias.isfinite().all()), "biases must be finite")
-    e = 0
-    if index is not None:
-        e = index.numel()
-        need(index.dtype == torch.int32 and index.dim() == 1 and e > 0, "tail_index must be an int32 vector")
-        need(
-            bool((index[1:] > index[:-1]).all()) and int(index[0]) >= 0 and int(index[-1]) < k,
-            "tail_index out of range",
-        )
-    shape = packed_shape(n, k, e)
-    need(packed.shape == shape, f"packed must be {shape}, is {tuple(packed.shape)}")
-    base, tail = ops.unpack_weight(packed, n, k, e)
-    need(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
-    inverse, shift = t.get("input_inverse"), t.get("input_shift")
-    need((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
-    need(inverse is None or _is_vector(inverse, k, positive=True), "input_inverse must be float32, one per input")
-    need(shift is None or (inverse is not None and _is_vector(shift, k)), "input_shift must be float32, one per input")
-    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift)
-
-
-def _is_vector(t: Tensor, size: int, positive: bool = False) -> bool:
-    fits = t.dtype == torch.float32 and t.shape == (size,) and bool(t.isfinite().all())
-    return fits and (not positive or bool((t > 0).all()))
 
 
 def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]) -> list[Change]:

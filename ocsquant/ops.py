@@ -67,6 +67,48 @@ def unpack_weight(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, T
     return _ops.unpack_weight(packed, n, k, e)
 
 
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes side by side in as few bytes as they need, for weights that are only stored quantized.
+
+    Args:
+        codes: uint8 [n, k], below 2^bits.
+        bits: 2..8.
+
+    Returns:
+        uint8 [n, ceil(k / 8) * bits]: eight codes in `bits` bytes, the first in the lowest bits.
+    """
+    _check_there("pack_codes", "codes", codes)
+    return _ops.pack_codes(codes, bits)
+
+
+def dequantize_weight(
+    packed: Tensor,
+    scale: Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The float32 matrix that packed codes stand for: (code - zero) * scale, or levels[code] * scale.
+
+    Args:
+        packed: from `pack_codes`, for n rows of k codes of `bits` bits.
+        scale: float32 [n, ceil(k / group_size)], one for every `group_size` columns.
+        k, bits, group_size: columns; 2..8 bits of a code; at least 1.
+        zero: float32, of the shape of `scale`, or None: 2^(bits - 1).
+        levels: int8 [1 or n, at most 2^bits], what codes are indices of (at most 6 bits), or None. An index beyond them
+            gives 0.
+        rows: int64 [m], which rows to give, in this order; None: all.
+
+    Returns:
+        float32 [n or m, k].
+    """
+    _check_there("dequantize_weight", "packed", packed)
+    return _ops.dequantize_weight(packed, scale, k, bits, group_size, zero, levels, rows)
+
+
 def quantized_linear(
     x: Tensor,
     packed: Tensor,
@@ -219,6 +261,27 @@ def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
 @torch.library.register_fake("ocsquant::unpack_weight")
 def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
     return packed.new_empty((n, k), dtype=torch.int8), packed.new_empty((n, e), dtype=torch.int8)
+
+
+@torch.library.register_fake("ocsquant::pack_codes")
+def _(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
+    return codes.new_empty((n, -(-k // 8) * bits), dtype=torch.uint8)
+
+
+@torch.library.register_fake("ocsquant::dequantize_weight")
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    _check_devices("dequantize_weight", packed=packed, scale=scale, zero=zero, levels=levels, rows=rows)
+    return scale.new_empty(((packed if rows is None else rows).shape[0], k))
 
 
 def _linear_fake(

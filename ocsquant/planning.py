@@ -19,10 +19,11 @@ from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
 from ocsquant.layers import KINDS, kind_of, weight_names
 from ocsquant.methods.outliertune import InputTransform
-from ocsquant.nn import QuantizedLinear, QuantizedMultiheadAttention
+from ocsquant.nn import FORMS, Quantized, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
+SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
 MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -186,7 +187,7 @@ def _judge(
 ) -> tuple[str | None, str | None]:
     """(reason to leave it, kind); kind None: not a module this package speaks of."""
     module = place.module
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, Quantized):
         return "already quantized", "linear"
     if isinstance(module, nn.MultiheadAttention):
         return "the projections of its input stay float: attention reads them as one matrix", "attention"
@@ -263,11 +264,14 @@ def _reads_weight(parent: type[nn.Module], name: str) -> bool:
 
 def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
     """Why there is no integer kernel for this layer, or why it would not pay."""
-    if kind != "linear":
-        return f"no integer kernel for {type(module).__name__} yet: use simulate=True for its accuracy"
     weights = recipe.weights
     if recipe.activations is None:
-        return "no integer kernel for float activations yet: use simulate=True for its accuracy"
+        return _storage_problem(module, recipe, named)
+    if kind != "linear":
+        return (
+            f"no integer kernel for {type(module).__name__} yet: use activations=None to store its weight in fewer "
+            f"bits, or simulate=True for its accuracy"
+        )
     if weights.granularity == "group" or not weights.symmetric:
         return "no integer kernel for groups or zero points yet: use simulate=True for its accuracy"
     assert isinstance(module, nn.Linear)
@@ -276,6 +280,18 @@ def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -
         return f"more than {depth // 2} inputs: int32 sums would not be exact"
     if not named and not pays(module.out_features, module.in_features):
         return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
+    return None
+
+
+def _storage_problem(module: nn.Module, recipe: Recipe, named: bool) -> str | None:
+    """Why the weight of this layer cannot be stored in fewer bits, or why that would save nothing worth it."""
+    if not any(isinstance(module, getattr(nn, name)) for name in FORMS):
+        return f"no weight-only form for {type(module).__name__} yet: use simulate=True for its accuracy"
+    if getattr(module, "max_norm", None) is not None:
+        return "its max_norm changes the weight as it runs"
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not named and weight.numel() < SMALLEST_STORED:
+        return f"too small to gain: {weight.numel()} weights"
     return None
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ocsquant.config import check_type
 from ocsquant.errors import ArgumentError
-from ocsquant.nn import QuantizedLinear
+from ocsquant.nn import Quantized
 
 ATTRIBUTE = "_ocsquant_layers"
 
@@ -112,7 +112,7 @@ def report(model: nn.Module) -> Report:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     layers: tuple[Layer, ...] | None = model.__dict__.get(ATTRIBUTE)
     if layers is None:
-        layers = tuple(found(path, m) for path, m in model.named_modules() if isinstance(m, QuantizedLinear))
+        layers = tuple(found(path, m) for path, m in model.named_modules() if isinstance(m, Quantized))
     if not layers:
         raise ArgumentError("model", "a model that ocsquant.quantize or ocsquant.load made", type(model).__name__)
     after = model_bytes(model)
@@ -123,20 +123,13 @@ def report(model: nn.Module) -> Report:
     return Report(layers, cpu_isa()[0], before, after)
 
 
-def found(path: str, module: QuantizedLinear) -> Layer:
+def found(path: str, module: Quantized) -> Layer:
     """A quantized layer met without the record of how it was made."""
     after = sum(b.numel() * b.element_size() for b in module.buffers())
-    before = 4 * (module.in_features + (module.bias is not None)) * module.out_features
-    return Layer(
-        path,
-        "Linear",
-        module.bits,
-        module.activations.bits,
-        module.split_channels,
-        before,
-        after,
-        kernel="quantized_linear" if module.input_inverse is None else "scale_folded_linear",
-    )
+    bias = module._buffers.get("bias")
+    before = 4 * (module.weight_shape.numel() + (0 if bias is None else bias.numel()))
+    split = module.split_channels
+    return Layer(path, module.origin, module.bits, module.activation_bits, split, before, after, kernel=module.kernel)
 
 
 def layers_to_json(layers: tuple[Layer, ...]) -> list[dict[str, Any]]:

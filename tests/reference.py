@@ -166,3 +166,27 @@ def split_error(values: list[float], cuts: tuple[int, int], levels: int) -> floa
             grid = [part[0] + (part[-1] - part[0]) * i / (levels - 1) for i in range(levels)]
             total += sum(min((v - g) ** 2 for g in grid) for v in part)
     return total
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """uint8 [n, ceil(k / 8) * bits]: each row one long number, the first code in its lowest bits."""
+    rows = []
+    for row in codes.tolist():
+        number = sum(code << (bits * i) for i, code in enumerate(row))
+        rows.append(list(number.to_bytes(-(-len(row) // 8) * bits, "little")))
+    return torch.tensor(rows, dtype=torch.uint8).reshape(len(rows), -(-codes.shape[1] // 8) * bits)
+
+
+def dequantize_weight(
+    codes: Tensor, scale: Tensor, bits: int, group_size: int, zero: Tensor | None = None, levels: Tensor | None = None
+) -> Tensor:
+    """float32 [n, k], one weight at a time."""
+    y = torch.empty(codes.shape)
+    for i, j in torch.cartesian_prod(*map(torch.arange, codes.shape)).tolist():
+        group, code = j // group_size, int(codes[i, j])
+        if levels is not None:
+            number = float(levels[i if levels.shape[0] > 1 else 0, code])
+        else:
+            number = code - (2 ** (bits - 1) if zero is None else float(zero[i, group]))
+        y[i, j] = fp32(number * float(scale[i, group]))
+    return y

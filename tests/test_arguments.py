@@ -35,7 +35,13 @@ KINDS: dict[str, tuple[Any, set[str]]] = {
     "class": (nn.Linear, {"Callable"}),
     "object": (object(), set()),
 }
-OTHER_DTYPE = {torch.float32: torch.float64, torch.int8: torch.int16, torch.uint8: torch.int8, torch.int32: torch.int64}
+OTHER_DTYPE = {
+    torch.float32: torch.float64,
+    torch.int8: torch.int16,
+    torch.uint8: torch.int8,
+    torch.int32: torch.int64,
+    torch.int64: torch.int32,
+}
 
 
 def words(parameter: inspect.Parameter) -> set[str]:

@@ -129,7 +129,7 @@ TAMPERED = {
     "attention": lambda t, r: r["attention"].append("first"),
     "alias": lambda t, r: r["aliases"].update(x="nothing"),
     "unknown entry": lambda t, r: r.update(more=1),
-    "version": lambda t, r: r.update(version=3),
+    "version": lambda t, r: r.update(version=ocsquant_io.VERSION + 1),
     "report": lambda t, r: r["report"].append({"nonsense": 1}),
 }
 

@@ -284,6 +284,55 @@ CASES = {
         {"n": {"range": 200}, "k": {"range": 40, "below": -1, "huge": 2**62}, "e": {"range": 9, "below": -2}},
         {"packed.range": "every byte is a code or a bound", "packed.device": "it is the only tensor"},
     ),
+    "ops.pack_codes": Case(
+        ops.pack_codes,
+        {"codes": tensor(3, 5, dtype=torch.uint8), "bits": 4},
+        {
+            "codes": {
+                "size": Wrong(tensor(3, 5, dtype=torch.uint8) * 16, text="codes"),
+                "range": tensor(3, 5, dtype=torch.uint8) * 255,
+            },
+            "bits": {"range": 9, "below": 1},
+        },
+        {"codes.device": "it is the only tensor"},
+    ),
+    "ops.dequantize_weight": Case(
+        ops.dequantize_weight,
+        {
+            "packed": tensor(3, 8, dtype=torch.uint8),
+            "scale": tensor(3, 2),
+            "k": 16,
+            "bits": 4,
+            "group_size": 8,
+            "rows": torch.tensor([0, 2]),
+        },
+        {
+            "packed": {"size": Wrong(tensor(6, 8, dtype=torch.uint8), text="scale")},
+            "k": {"range": 17, "below": -1, "huge": 2**62},
+            "bits": {"range": 9, "below": 1},
+            "group_size": {"range": 0, "below": -8, "other": Wrong(2**62, text="scale")},
+            "zero": {
+                "dtype": tensor(3, 2, dtype=torch.float64),
+                "rank": tensor(3),
+                "size": tensor(3, 1),
+                "device": tensor(3, 2).to("meta"),
+            },
+            "levels": {
+                "dtype": tensor(1, 16),
+                "rank": tensor(16, dtype=torch.int8),
+                "size": tensor(2, 16, dtype=torch.int8),
+                "entries": tensor(1, 17, dtype=torch.int8),
+                "device": int8(1, 16).to("meta"),
+            },
+            "rows": {"range": torch.tensor([3]), "below": torch.tensor([-1]), "size": torch.tensor([0, 70])},
+        },
+        {
+            "packed.range": "every byte holds codes",
+            "scale.range": "it is only multiplied",
+            "zero.range": "it is only subtracted",
+            "levels.range": "every int8 is a level",
+        },
+    ),
     "ops.quantized_linear": Case(
         ops.quantized_linear,
         {"x": tensor(2, 30), "packed": PACKED, "scale": tensor(70), "bias": tensor(70), "tail_index": INDEX},

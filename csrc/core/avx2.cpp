@@ -25,6 +25,7 @@
 OCSQ_TARGET_BEGIN("avx2")
 #include "simd_avx2.h"
 //
+#include "dequantize_impl.h"
 #include "rowwise_impl.h"
 //
 #include "linear_impl.h"
@@ -302,6 +303,6 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
 OCSQ_TARGET_END
 
 namespace ocsquant {
-const Kernels kAvx2 = {"avx2", linear_kernels<Tile>(), kFakeQuantize, widen, narrow};
+const Kernels kAvx2 = {"avx2", linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
 }  // namespace ocsquant
 #endif

@@ -24,6 +24,7 @@ OCSQ_TARGET_BEGIN("avx2,avxvnni")
 #endif
 #include "simd_avx2.h"
 //
+#include "dequantize_impl.h"
 #include "rowwise_impl.h"
 //
 #include "linear_impl.h"
@@ -32,6 +33,7 @@ OCSQ_TARGET_END
 
 namespace ocsquant {
 extern const Kernels OCSQ_VNNI256_TABLE;
-const Kernels OCSQ_VNNI256_TABLE = {OCSQ_VNNI256_NAME, linear_kernels<Tile>(), kFakeQuantize, widen, narrow};
+const Kernels OCSQ_VNNI256_TABLE = {
+    OCSQ_VNNI256_NAME, linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
 }  // namespace ocsquant
 #endif

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "codes.h"
+
 namespace ocsquant {
 
 // Output columns in one panel of a packed weight, and input channels in one group of it (see pack.h).
@@ -93,8 +95,9 @@ struct Kernels {
   const char* isa;
   LinearKernels linear;
   FakeQuantizeKernels fake_quantize;
-  void (*widen)(const uint16_t* x, int64_t n, float* y);   // bfloat16 to float32
-  void (*narrow)(const float* x, int64_t n, uint16_t* y);  // float32 to bfloat16, to nearest even
+  void (*dequantize_row)(const CodedWeight& w, int64_t row, float* y);  // y[k]
+  void (*widen)(const uint16_t* x, int64_t n, float* y);                // bfloat16 to float32
+  void (*narrow)(const float* x, int64_t n, uint16_t* y);               // float32 to bfloat16, to nearest even
 };
 
 extern const Kernels kScalar;

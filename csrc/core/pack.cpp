@@ -65,4 +65,12 @@ void unpack_panels(const PackedWeight& weight, int8_t* codes, int8_t* tail) {
   }
 }
 
+void pack_codes(const uint8_t* codes, int64_t k, int bits, uint8_t* packed) {
+  for (int64_t j = 0; j < k; j += kCodeBlock, packed += bits) {
+    uint64_t word = 0;
+    for (int64_t i = 0; i < kCodeBlock && j + i < k; ++i) word |= static_cast<uint64_t>(codes[j + i]) << i * bits;
+    std::memcpy(packed, &word, bits);
+  }
+}
+
 }  // namespace ocsquant

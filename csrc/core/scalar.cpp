@@ -9,6 +9,7 @@
 #include "kernels.h"
 #include "simd_scalar.h"
 //
+#include "dequantize_impl.h"
 #include "rowwise_impl.h"
 //
 #include "linear_impl.h"
@@ -48,6 +49,6 @@ struct Tile {
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", linear_kernels<Tile>(), kFakeQuantize, widen, narrow};
+const Kernels kScalar = {"scalar", linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
 
 }  // namespace ocsquant

@@ -20,6 +20,10 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
       "float outlier_threshold=4.0) -> Tensor");
+  m.def("pack_codes(Tensor codes, int bits) -> Tensor");
+  m.def(
+      "dequantize_weight(Tensor packed, Tensor scale, int k, int bits, int group_size, Tensor? zero=None, "
+      "Tensor? levels=None, Tensor? rows=None) -> Tensor");
   m.def("fake_quantize_split(Tensor x, Tensor scale, Tensor splits, int bits) -> Tensor");
   m.def(
       "fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");

@@ -2,7 +2,19 @@
 
 from ocsquant.nn.attention import QuantizedMultiheadAttention
 from ocsquant.nn.linear import QuantizedLinear
+from ocsquant.nn.quantized import Quantized
 from ocsquant.nn.simulated import FakeQuantizeInput
 from ocsquant.nn.split import SplitConv, SplitLinear
+from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly
 
-__all__ = ["FakeQuantizeInput", "QuantizedLinear", "QuantizedMultiheadAttention", "SplitConv", "SplitLinear"]
+__all__ = [
+    "FORMS",
+    "FakeQuantizeInput",
+    "Quantized",
+    "QuantizedLinear",
+    "QuantizedMultiheadAttention",
+    "SplitConv",
+    "SplitLinear",
+    "StoredWeight",
+    "WeightOnly",
+]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ocsquant import ops
 from ocsquant.config import Activations
 from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.methods.outliertune import InputTransform
+from ocsquant.nn.quantized import Quantized
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Quantized):
     """y = x W^T + b in integers: `ocsquant.ops.quantized_linear`, or `scale_folded_linear` with calibrated inputs.
 
     Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
@@ -27,6 +27,8 @@ class QuantizedLinear(nn.Module):
     changes nothing.
     """
 
+    origin = "Linear"
+    tensors = ("packed", "scale", "bias", "tail_index", "input_inverse", "input_shift")
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -124,21 +126,16 @@ class QuantizedLinear(nn.Module):
         return total if index is None else total.index_add_(1, index.long(), tail.to(torch.int16))
 
     @property
-    def split_channels(self) -> int:
-        """Input channels that have a tail column."""
-        return 0 if self.tail_index is None else self.tail_index.numel()
+    def weight_shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        # Seen as integers, scales follow a move to another device but no change of dtype.
-        def apply(t: Tensor) -> Tensor:
-            bits = t.view(torch.int32) if t.dtype == torch.float32 else t
-            moved = fn(bits)
-            if moved.dtype != bits.dtype:  # Module.type() converts integers too
-                moved = bits.to(moved.device)
-            return moved.view(t.dtype)
+    @property
+    def activation_bits(self) -> int:
+        return self.activations.bits
 
-        super()._apply(apply, recurse)
-        return self
+    @property
+    def kernel(self) -> str:  # type: ignore[override]
+        return "quantized_linear" if self.input_inverse is None else "scale_folded_linear"
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -149,6 +146,7 @@ class QuantizedLinear(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What a file needs beside the buffers to rebuild this module."""
         return {
+            "kind": "QuantizedLinear",
             "in_features": self.in_features,
             "out_features": self.out_features,
             "bits": self.bits,

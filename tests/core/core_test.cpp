@@ -87,6 +87,7 @@ int run(int64_t every) {
   for (Level& level : levels) {
     if (!level.usable) continue;
     test_fake_quantize(level);
+    test_dequantize(level);
     test_conversions(level);
   }
   test_linear(levels, every);

@@ -68,6 +68,54 @@ void test_fake_quantize(Level& level) {
   }
 }
 
+void test_dequantize(Level& level) {
+  Arena packed_arena, scale_arena, zero_arena, levels_arena, y_arena;
+  const int64_t sizes[] = {1, 7, 8, 9, 64, 100, 511, 512, 513, 1030};
+  for (const int64_t k : sizes) {
+    for (int bits = 2; bits <= 8; ++bits) {
+      for (int turn = 0; turn < 6; ++turn) {  // none, zero points, levels; one group or several
+        const int kind = turn % 3;
+        if (kind == 2 && bits > ocsquant::kMaxLevelBits) continue;
+        Random r(mix(k, bits, turn));
+        const int64_t n = 3, group = turn < 3 ? k : 1 + r.below(k), entries = 1 + r.below(1 << bits);
+        const int64_t books = r.below(2) == 0 ? 1 : n;
+        ocsquant::CodedWeight w = {nullptr, n, k, bits, group, nullptr, nullptr, nullptr, books, entries};
+        std::vector<uint8_t> codes(n * k), packed(n * w.row_bytes());
+        for (uint8_t& c : codes) c = static_cast<uint8_t>(r.below(1 << bits));
+        for (int64_t i = 0; i < n; ++i) {
+          ocsquant::pack_codes(codes.data() + i * k, k, bits, packed.data() + i * w.row_bytes());
+        }
+        std::vector<float> scale(n * w.groups()), zero(n * w.groups());
+        std::vector<int8_t> levels(books * entries);
+        for (float& s : scale) s = std::ldexp(1.0f + r.uniform(), static_cast<int>(r.below(40)) - 20);
+        for (float& z : zero) z = static_cast<float>(r.below(1 << bits));
+        for (int8_t& l : levels) l = static_cast<int8_t>(r.below(255) - 127);
+        for (const Side side : kSides) {
+          Case c(level, "dequantize k %ld bits %d turn %d", long(k), bits, turn);
+          w.packed = packed_arena.copy(packed.data(), packed.size(), side);
+          w.scale = scale_arena.copy(scale.data(), scale.size(), side);
+          w.zero = kind == 1 ? zero_arena.copy(zero.data(), zero.size(), side) : nullptr;
+          w.levels = kind == 2 ? levels_arena.copy(levels.data(), levels.size(), side) : nullptr;
+          float* y = y_arena.place<float>(k, side);
+          for (int64_t i = 0; i < n; ++i) {
+            level.kernels->dequantize_row(w, i, y);
+            for (int64_t j = 0; j < k; ++j) {
+              const int64_t at = i * w.groups() + j / group, code = codes[i * k + j];
+              const float middle = kind == 1 ? zero[at] : static_cast<float>(1 << (bits - 1));
+              const int64_t book = books == 1 ? 0 : i;
+              const float number = kind != 2        ? static_cast<float>(code) - middle
+                                   : code < entries ? static_cast<float>(levels[book * entries + code])
+                                                    : 0.0f;
+              const float value = number * scale[at];
+              if (!same(y[j], value)) c.check(false, "y[%ld] is %a, not %a", long(j), double(y[j]), double(value));
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 void test_conversions(Level& level) {
   Arena wide_arena, narrow_arena;
   const auto widen = [&](const std::vector<uint16_t>& values, Side side) {

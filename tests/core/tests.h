@@ -11,6 +11,7 @@ namespace coretest {
 // every: run one in so many of the small shapes (and a smaller part of the rest), spread evenly.
 void test_linear(std::vector<Level>& levels, int64_t every);
 void test_fake_quantize(Level& level);
+void test_dequantize(Level& level);
 void test_conversions(Level& level);
 void test_packing(Level& level);
 void test_selection(Level& level, const std::vector<Level>& levels);

@@ -1,0 +1,58 @@
+"""What all quantized modules have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Self = TypeVar("Self", bound="Quantized")
+
+
+class Quantized(nn.Module):
+    """A module whose weight is held as integers, in plain buffers that no change of dtype touches.
+
+    `bits` of a stored code; `origin` names the torch.nn module it was; `kernel` what computes its output; `tensors` are
+    the names of all buffers a file holds; `weight` gives the dequantized float32 weight, made anew at each reading.
+    """
+
+    bits: int
+    origin: str
+    kernel: str
+    tensors: tuple[str, ...]
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Of `weight`, without making it."""
+        raise NotImplementedError
+
+    @property
+    def activation_bits(self) -> int | None:
+        """None: activations stay float."""
+        return None
+
+    @property
+    def split_channels(self) -> int:
+        """Input columns that have a tail column."""
+        index = self._buffers["tail_index"]
+        return 0 if index is None else index.numel()
+
+    def settings(self) -> dict[str, Any]:
+        """What a file needs beside the buffers to rebuild this module."""
+        raise NotImplementedError
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Seen as integers, scales follow a move to another device but no change of dtype.
+        def apply(t: Tensor) -> Tensor:
+            if t.numel() == 0:
+                return fn(t)  # `output_like` of an embedding is there to be converted
+            bits = t.view(torch.int32) if t.dtype == torch.float32 else t
+            moved = fn(bits)
+            if moved.dtype != bits.dtype:  # Module.type() converts integers too
+                moved = bits.to(moved.device)
+            return moved.view(t.dtype)
+
+        super()._apply(apply, recurse)
+        return self

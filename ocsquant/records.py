@@ -1,0 +1,127 @@
+"""One quantized layer out of a file: its tensors checked for all that the kernels rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ocsquant import ops
+from ocsquant.config import Activations
+from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
+from ocsquant.layout import packed_shape
+from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight
+
+
+def kind_of_layer(module: nn.Module) -> str | None:
+    """The name of the torch module that a layer is or was; None for anything without a quantized form."""
+    if isinstance(module, Quantized):
+        return module.origin
+    return next((name for name in FORMS if isinstance(module, getattr(nn, name))), None)
+
+
+class Check:
+    """Raises CorruptCheckpointError that names the layer."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, condition: bool, text: str) -> None:
+        if not condition:
+            raise CorruptCheckpointError(f"layer '{self.path}': {text}")
+
+    def floats(self, name: str, t: Tensor | None, shape: tuple[int, ...], positive: bool = False) -> None:
+        """A tensor that may be absent: float32, of that shape, finite."""
+        if t is not None:
+            self(t.dtype == torch.float32 and t.shape == shape, f"{name} must be float32 {list(shape)}")
+            self(bool(t.isfinite().all()), f"{name} must be finite")
+            self(not positive or bool((t > 0).all()), f"{name} must be positive")
+
+    def index(self, t: Tensor | None, size: int) -> int:
+        """tail_index: ascending columns; how many."""
+        if t is None:
+            return 0
+        self(t.dtype == torch.int32 and t.dim() == 1 and t.numel() > 0, "tail_index must be an int32 vector")
+        inside = int(t[0]) >= 0 and int(t[-1]) < size
+        self(inside and bool((t[1:] > t[:-1]).all()), "tail_index must be ascending columns of the weight")
+        return t.numel()
+
+
+def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor]) -> Quantized:
+    """The quantized form of `old` that a file describes. Raises CorruptCheckpointError and SchemaMismatchError."""
+    check = Check(path)
+    kind = settings.get("kind")
+    check(kind in ("QuantizedLinear", "WeightOnly"), f"there is no layer of kind {kind!r}")
+    read = _quantized_linear if kind == "QuantizedLinear" else _weight_only
+    try:
+        return read(path, old, settings, t, check)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptCheckpointError(f"layer '{path}': its settings cannot be read: {error}") from error
+
+
+def _check_sizes(path: str, old: nn.Module, shape: tuple[int, ...], biased: bool, any_bias: bool = False) -> None:
+    weight: Any = old.weight_shape if isinstance(old, Quantized) else old.weight.shape
+    had = getattr(old, "bias", None) is not None
+    if tuple(weight) != shape or (had != biased and not any_bias):
+        raise SchemaMismatchError(f"layer '{path}' is {list(shape)} (bias: {biased}) in the file, {old} in the model")
+
+
+def _bits(check: Check, bits: Any) -> int:
+    check(type(bits) is int and 2 <= bits <= 8, "bits must be 2..8")
+    return int(bits)
+
+
+def _quantized_linear(
+    path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check
+) -> QuantizedLinear:
+    k, n, bits = settings["in_features"], settings["out_features"], _bits(check, settings["bits"])
+    activations = Activations(**settings["activations"])
+    check(type(k) is int and type(n) is int and k > 0 and n > 0, "sizes must be whole numbers")
+    if kind_of_layer(old) != "Linear":
+        raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
+    _check_sizes(path, old, (n, k), "bias" in t, any_bias="input_shift" in t)  # a shift makes a bias of its own
+    check({"packed", "scale"} <= set(t), "packed and scale must be there")
+    packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
+    check.floats("scale", scale, (n,), positive=True)
+    check.floats("bias", bias, (n,))
+    e = check.index(index, k)
+    shape = packed_shape(n, k, e)
+    check(packed.dtype == torch.uint8 and packed.shape == shape, f"packed must be uint8 {shape}")
+    base, tail = ops.unpack_weight(packed, n, k, e)
+    check(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
+    inverse, shift = t.get("input_inverse"), t.get("input_shift")
+    check((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
+    check(shift is None or inverse is not None, "it has an input_shift without input_inverse")
+    check.floats("input_inverse", inverse, (k,), positive=True)
+    check.floats("input_shift", shift, (k,))
+    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift)
+
+
+def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:
+    origin, shape, bits = settings["origin"], tuple(settings["shape"]), _bits(check, settings["bits"])
+    size = settings["group_size"]
+    check(origin in FORMS, f"there is no weight-only form of {origin!r}")
+    check(type(size) is int and size >= 1, "group_size must be a whole number")
+    check(len(shape) > 1 and all(type(s) is int and s > 0 for s in shape), "sizes must be whole numbers")
+    if kind_of_layer(old) != origin:
+        raise SchemaMismatchError(f"the file has a weight-only {origin} '{path}', the model {type(old).__name__}")
+    _check_sizes(path, old, shape, "bias" in t)
+    n, k = shape[0], torch.Size(shape[1:]).numel()
+    groups = -(-k // size)
+    check({"packed", "scale"} <= set(t), "packed and scale must be there")
+    packed, zero, levels, tail = t["packed"], t.get("zero"), t.get("levels"), t.get("tail")
+    check(packed.dtype == torch.uint8 and packed.shape == (n, -(-k // 8) * bits), "packed has the wrong dtype or shape")
+    check.floats("scale", t["scale"], (n, groups), positive=True)
+    check.floats("zero", zero, (n, groups))
+    check.floats("bias", t.get("bias"), (n,))
+    check(levels is None or zero is None, "it has levels and zero points")
+    if levels is not None:
+        fits = levels.dim() == 2 and levels.shape[0] in (1, n) and 1 <= levels.shape[1] <= 2**bits and bits <= 6
+        check(levels.dtype == torch.int8 and fits, "levels must be int8, at most 2^bits for one or every row")
+    e = check.index(t.get("tail_index"), k)
+    check((tail is None) == (e == 0), "tail and tail_index go together")
+    check(tail is None or (tail.dtype == torch.int8 and tail.shape == (n, e)), f"tail must be int8 {[n, e]}")
+    names = ("packed", "scale", "zero", "levels", "tail", "tail_index")
+    stored = StoredWeight(torch.Size(shape), bits, size, **{name: t.get(name) for name in names})  # type: ignore[arg-type]
+    return FORMS[origin](old, stored, t.get("bias"))
