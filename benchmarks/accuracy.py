@@ -114,7 +114,7 @@ def stories260k(short: bool) -> Iterator[Row]:
     if loaded is None:
         print("skipped stories260K: not in the evaluation data")
         return
-    model, windows = loaded
+    model, windows, _ = loaded
     windows = windows[:30] if short else windows
     name = f"stories260K, {len(windows)} stories"
     fp32 = networks.perplexity(model, windows)
@@ -155,7 +155,7 @@ def charrnn(short: bool) -> Iterator[Row]:
     if loaded is None:
         print("skipped charrnn: not in the evaluation data")
         return
-    model, ids = loaded
+    model, ids, _ = loaded
 
     def bits(change: Callable[[nn.Module], nn.Module] | None) -> float:
         return networks.bits_per_character(model if change is None else change(copy.deepcopy(model)), ids)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import math
 import os
 import re
 import struct
@@ -130,15 +131,21 @@ def wikitext2_windows(tokenizer: Any, first: int, last: int) -> list[Tensor] | N
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, windows: Sequence[Tensor]) -> float:
-    """Over all predictions inside the windows; `model` returns logits, or an object that has them."""
-    total, count = 0.0, 0
+def window_losses(model: nn.Module, windows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed loss (nats) and number of predictions of each window; `model` returns logits, or what has them."""
+    totals, counts = [], []
     for ids in windows:
         output = model(ids[None])
         logits = output if isinstance(output, Tensor) else output.logits
-        total += float(F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum"))
-        count += len(ids) - 1
-    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+        totals.append(float(F.cross_entropy(logits[0, :-1].float(), ids[1:], reduction="sum")))
+        counts.append(len(ids) - 1)
+    return torch.tensor(totals, dtype=torch.float64), torch.tensor(counts, dtype=torch.float64)
+
+
+def perplexity(model: nn.Module, windows: Sequence[Tensor]) -> float:
+    """Over all predictions inside the windows."""
+    totals, counts = window_losses(model, windows)
+    return float((totals.sum() / counts.sum()).exp())
 
 
 class RMSNorm(nn.Module):
@@ -203,8 +210,8 @@ class Llama(nn.Module):
         return self.head(self.norm(x))
 
 
-def stories260k() -> tuple[Llama, list[Tensor]] | None:
-    """Karpathy's stories260K, and 120 stories as token windows."""
+def stories260k() -> tuple[Llama, list[Tensor], list[Tensor]] | None:
+    """Karpathy's stories260K, 120 stories as token windows, and 64 others."""
     network, vocabulary = data_file("stories260k/stories260K.bin"), data_file("stories260k/tok512.bin")
     text = data_file("tinystories/tinystories_train_2MiB.txt")
     if network is None or vocabulary is None or text is None:
@@ -222,9 +229,12 @@ def stories260k() -> tuple[Llama, list[Tensor]] | None:
             weight.copy_(values[at : at + weight.numel()].view_as(weight))
             at += weight.numel()
     encode = Vocabulary(vocabulary)
-    stories = text.read_text(encoding="utf-8").split("<|endoftext|>")[1:161]
-    windows = [torch.tensor(encode(story.strip())[:WINDOW]) for story in stories]
-    return model.eval(), [ids for ids in windows if len(ids) > 20][:120]
+    stories = text.read_text(encoding="utf-8").split("<|endoftext|>")
+    scored, seen = (
+        [ids for ids in (torch.tensor(encode(s.strip())[:WINDOW]) for s in part) if len(ids) > 20]
+        for part in (stories[1:161], stories[200:264])
+    )
+    return model.eval(), scored[:120], seen
 
 
 class Vocabulary:
@@ -265,37 +275,63 @@ def _merge(pieces: list[bytes], whole: bytes) -> list[bytes]:
     return merged
 
 
-class CharLSTM(nn.Module):
-    """A character language model: ids [batch, length] to logits."""
+class LanguageLSTM(nn.Module):
+    """A language model of characters or words: ids [batch, length] to logits."""
 
-    def __init__(self, vocab: int, size: int) -> None:
+    def __init__(self, vocab: int, size: int, layers: int) -> None:
         super().__init__()
-        self.emb, self.rnn = nn.Embedding(vocab, size), nn.LSTM(size, size, 2, batch_first=True)
+        self.emb, self.rnn = nn.Embedding(vocab, size), nn.LSTM(size, size, layers, batch_first=True)
         self.dec = nn.Linear(size, vocab)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.dec(self.rnn(self.emb(ids))[0])
 
 
-def charrnn(length: int = 120_000) -> tuple[CharLSTM, Tensor] | None:
-    """The LSTM trained on Charlotte Bronte, and `length` characters from the middle of its corpus."""
-    weights, corpus = (data_file(f"charrnn/charlotte_bronte/{name}") for name in ("charrnn_torch.npz", "corpus.txt"))
-    if weights is None or corpus is None:
-        return None
+def _language_lstm(weights: Path, layers: int) -> LanguageLSTM:
     import numpy
 
     arrays = numpy.load(weights)
-    model = CharLSTM(*arrays["emb.weight"].shape)
-    model.load_state_dict({name: torch.from_numpy(arrays[name]) for name in arrays})
+    model = LanguageLSTM(*arrays["emb.weight"].shape, layers)
+    model.load_state_dict({name: torch.from_numpy(arrays[name]).float() for name in arrays})
+    return model.eval()
+
+
+def charrnn(length: int = 120_000) -> tuple[LanguageLSTM, Tensor, Tensor] | None:
+    """The LSTM trained on Charlotte Bronte, `length` characters from the middle of its corpus, and its first 20,000."""
+    weights, corpus = (data_file(f"charrnn/charlotte_bronte/{name}") for name in ("charrnn_torch.npz", "corpus.txt"))
+    if weights is None or corpus is None:
+        return None
     ids = {c: i for i, c in enumerate(json.loads((weights.parent / "chars.json").read_text(encoding="utf-8")))}
     text = corpus.read_text(encoding="utf-8")
     middle = text[(len(text) - length) // 2 :][:length]
-    return model.eval(), torch.tensor([ids[c] for c in middle])
+    seen, scored = (torch.tensor([ids[c] for c in part]) for part in (text[:20_000], middle))
+    return _language_lstm(weights, 2), scored, seen
+
+
+def ptb() -> tuple[LanguageLSTM, Tensor, Tensor] | None:
+    """A word LSTM, the Penn Treebank's test words, and the first 20,000 of its training words."""
+    files = [data_file(f"ptb/{name}") for name in ("rnnlm_torch.npz", "ptb.test.npy", "ptb.train.npy")]
+    if None in files:
+        return None
+    import numpy
+
+    weights, test, train = files
+    scored, seen = (torch.from_numpy(numpy.load(f).astype("int64")) for f in (test, train))
+    return _language_lstm(weights, 1), scored[: len(scored) // 10 * 10], seen[:20_000]
 
 
 @torch.inference_mode()
-def bits_per_character(model: CharLSTM, ids: Tensor, streams: int = 20) -> float:
-    """The text cut in `streams` pieces that run side by side, the state of each starting at zero."""
-    rows = ids.view(streams, -1)
-    logits = model(rows)
-    return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())) / float(torch.tensor(2.0).log())
+def stream_losses(model: LanguageLSTM, ids: Tensor, streams: int) -> Tensor:
+    """Mean loss (nats) of each of `streams` pieces of the text that run side by side, the state of each zero first."""
+    rows, state = ids.view(streams, -1), None
+    total = torch.zeros(streams, dtype=torch.float64)
+    for first in range(0, rows.shape[1] - 1, 500):  # the logits of all words at once would not fit
+        given, wanted = rows[:, first : first + 500], rows[:, first + 1 : first + 501]
+        y, state = model.rnn(model.emb(given[:, : wanted.shape[1]]), state)
+        total += F.cross_entropy(model.dec(y).transpose(1, 2), wanted, reduction="none").double().sum(1)
+    return total / (rows.shape[1] - 1)
+
+
+def bits_per_character(model: LanguageLSTM, ids: Tensor, streams: int = 20) -> float:
+    """As `stream_losses`, over all streams."""
+    return float(stream_losses(model, ids, streams).mean()) / math.log(2)
