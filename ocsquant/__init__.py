@@ -33,6 +33,7 @@ from ocsquant.io import load, save
 from ocsquant.observers import InputStatistics, Statistics, calibrate
 from ocsquant.quantization import quantize
 from ocsquant.reporting import Layer, Report, report
+from ocsquant.searching import Option, Sensitivity, search, sensitivity
 
 __all__ = [
     "OCS",
@@ -51,12 +52,14 @@ __all__ = [
     "NonFiniteError",
     "NotCalibratedError",
     "NothingToQuantizeError",
+    "Option",
     "PerChannelStatic",
     "PerTensorStatic",
     "PerToken",
     "Recipe",
     "Report",
     "SchemaMismatchError",
+    "Sensitivity",
     "SplitQuant",
     "Statistics",
     "TruncatedCheckpointError",
@@ -70,5 +73,7 @@ __all__ = [
     "quantize",
     "report",
     "save",
+    "search",
+    "sensitivity",
     "verify_equivalence",
 ]

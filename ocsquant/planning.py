@@ -23,6 +23,7 @@ from ocsquant.nn import FORMS, Quantized, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
 
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
+EXCLUDED = "excluded by filter_fn"
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
 MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,6 +114,8 @@ def make_plan(
     simulate: bool,
 ) -> Plan:
     """Walk the model once; nothing is changed."""
+    if filter_fn is not None and not callable(filter_fn):
+        raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
     places = _places(model)
     paths = [path for place in places for path in place.paths]
     _check_used("ignore", ignore, paths)
@@ -130,7 +133,7 @@ def make_plan(
         if any(covers(pattern, place.paths) for pattern in ignore):
             reason = "ignored by pattern"
         elif filter_fn is not None and not all(_ask(filter_fn, place.module, path) for path in place.paths):
-            reason = "excluded by filter_fn"
+            reason = EXCLUDED
         elif reason is None and mixed and not named and any(w.requires_grad for w in _weights([place])):
             reason = "trainable, while other weights are frozen: quantizing it would end its training"
         if reason is None:

@@ -12,7 +12,7 @@ from torch import nn
 from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
-from ocsquant.errors import ArgumentError, ArgumentTypeError
+from ocsquant.errors import ArgumentError
 from ocsquant.folding import fold_batchnorms
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
@@ -67,8 +67,6 @@ def quantize(
         NothingToQuantizeError: no layer is left to quantize; says why.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    if filter_fn is not None and not callable(filter_fn):
-        raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
     check_type("simulate", simulate, bool, "True or False")
     check_type("fold_batchnorm", fold_batchnorm, bool, "True or False")
     check_type("progress", progress, (bool, type(None)), "True, False or None")

@@ -80,7 +80,14 @@ METHODS = ("from_json", "to_json", "merge", "save", "load")
 
 
 def public_callables() -> set[str]:
-    results = (ocsquant.Layer, ocsquant.Report, ocsquant.Environment, ocsquant.Equivalence)
+    results = (
+        ocsquant.Option,
+        ocsquant.Sensitivity,
+        ocsquant.Layer,
+        ocsquant.Report,
+        ocsquant.Environment,
+        ocsquant.Equivalence,
+    )
     names = {
         name
         for name in ocsquant.__all__

@@ -111,6 +111,26 @@ TOGETHER: list[tuple[str, Callable[[], Any]]] = [
     ("max_overhead", lambda: OCS(expand_ratio=0.1, max_overhead=0.1)),
 ]
 
+# What the two callables of searching share with quantize.
+WRONG_SEARCH: dict[str, dict[str, Any]] = {
+    "model": {"range": Wrong(nn.Sequential(nn.ReLU()), ocsquant.NothingToQuantizeError, "Sequential")},
+    "calibration": {
+        "range": [],
+        "tensor": Wrong(torch.zeros(3, 128), ArgumentTypeError),
+        "statistics": SEEN,
+        "none": Wrong(None, ocsquant.NotCalibratedError, "calibration"),
+    },
+    "candidates": {
+        "range": {},
+        "split": {"a": Recipe(Weights(bits=None, split=OCS(0.1)), None)},
+        "values": {"a": "W9A9"},
+        "keys": Wrong({3: "W8A8"}, ArgumentTypeError),
+    },
+    "ignore": {"string": "0", "range": ["nothing"]},
+    "filter_fn": {"range": lambda module, path: "yes"},
+}
+EXCUSED_SEARCH = {"calibration.type": "no annotation narrows it: tried by hand"}
+
 CASES = {
     "OCS": Case(
         OCS,
@@ -238,6 +258,18 @@ CASES = {
             "overrides": {"range": {"nothing": "W8A8"}, "values": {"0": "W9A9"}, "keys": {3: "W8A8"}},
         },
         {"calibration.type": "no annotation narrows it: tried by hand", "progress.range": "all three values are right"},
+    ),
+    "sensitivity": Case(
+        ocsquant.sensitivity,
+        {"model": MODEL, "calibration": [torch.zeros(1, 128)]},
+        WRONG_SEARCH,
+        EXCUSED_SEARCH,
+    ),
+    "search": Case(
+        ocsquant.search,
+        {"model": MODEL, "calibration": [torch.zeros(1, 128)], "budget": 5.0},
+        WRONG_SEARCH | {"budget": {"range": 65.0, "below": -1.0, "small": 1.0, "nan": float("nan")}},
+        EXCUSED_SEARCH,
     ),
     "report": Case(ocsquant.report, {"model": QUANTIZED}, {"model": {"range": MODEL}}),
     "save": Case(

@@ -1,0 +1,291 @@
+"""Which recipe for which layer: what each would cost in bytes and in error, and the best choice under a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ocsquant.config import Recipe, Weights, as_recipe, check_number, check_type
+from ocsquant.errors import ArgumentError, ArgumentTypeError, NotCalibratedError
+from ocsquant.hessians import attach_moments, repeatable, with_hessians
+from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.observers import statistics_of
+from ocsquant.planning import EXCLUDED, Target, make_plan, merge_request
+
+GPTQ: dict[str, Any] = {"clip": "output", "rounding": "gptq"}
+GROUPS: dict[str, Any] = {"granularity": "group", "symmetric": False}
+CANDIDATES: dict[str, Recipe] = {
+    "W3 g64": Recipe(Weights(3, group_size=64, **GROUPS, **GPTQ), None),
+    "W4 k-means": Recipe(Weights(4, codebook="kmeans", **GPTQ), None),
+    "W4 g64": Recipe(Weights(4, group_size=64, **GROUPS, **GPTQ), None),
+    "W5": Recipe(Weights(5, **GPTQ), None),
+    "W6": Recipe(Weights(6, **GPTQ), None),
+    "W8": Recipe(Weights(8, **GPTQ), None),
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a recipe does to a layer: stored `bytes`, and `error`, the squared error of its output over the output."""
+
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Every layer with every candidate; prints as a table.
+
+    options: path -> candidate -> `Option`; weights: path -> number of weights; importance: path -> squared error of the
+    network's output (over the output) for one unit of the layer's own; candidates: name -> recipe; ignored: patterns
+    of what was left out.
+    """
+
+    options: dict[str, dict[str, Option]]
+    weights: dict[str, int]
+    importance: dict[str, float]
+    candidates: dict[str, Recipe]
+    ignored: tuple[str, ...] = ()
+
+    def harm(self, path: str, name: str) -> float:
+        """What a layer with a candidate adds to the error of the network's output."""
+        return self.importance[path] * self.options[path][name].error
+
+    def to_json(self) -> str:
+        """JSON text: options, weights and importance of every layer."""
+        options = {p: {n: dataclasses.asdict(o) for n, o in row.items()} for p, row in self.options.items()}
+        return json.dumps({"options": options, "weights": self.weights, "importance": self.importance}, indent=2)
+
+    def __str__(self) -> str:
+        names = list(self.candidates)
+        width = max([5, *map(len, self.options)])
+        lines = [f"{'layer':{width}}  {'weights':>9}  {'importance':>10}  " + "  ".join(f"{n:>10}" for n in names)]
+        lines.append("-" * len(lines[0]))
+        for path, row in self.options.items():
+            errors = "  ".join(f"{row[n].error:10.2e}" for n in names)
+            lines.append(f"{path:{width}}  {self.weights[path]:9}  {self.importance[path]:10.2e}  {errors}")
+        lines.append("squared output error of each layer, over its output, with each candidate")
+        return "\n".join(lines)
+
+
+def sensitivity(
+    model: nn.Module,
+    calibration: Any,
+    candidates: Mapping[str, Recipe | str] | None = None,
+    *,
+    ignore: Iterable[str] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Sensitivity:
+    """Measure what each candidate does to the output of each layer, and how much the network minds.
+
+    A layer's error is that of its real quantizer on all of its calibrated inputs; activations of a candidate do not
+    count. How much the network minds is measured on the first batch, one run for each layer.
+
+    Args:
+        model: a float model; it is only read.
+        calibration: batches, as of `quantize`.
+        candidates: name -> Recipe or scheme, at least one. Default: 3 to 8 bits, rounded by GPTQ.
+        ignore, filter_fn: layers to leave out, as of `quantize`.
+
+    Raises what `quantize` raises.
+    """
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    chosen = _candidates(candidates)
+    base = Recipe(Weights(8, **GPTQ), None)
+    with torch.no_grad():
+        batches = repeatable(calibration)
+        plan = make_plan(model, *merge_request(base, ignore, None), filter_fn, simulate=True)
+        attach_moments(model, plan.targets, statistics_of(model, batches, lambda items: items))
+        options: dict[str, dict[str, Option]] = {}
+        importance: dict[str, float] = {}
+        first = next(iter(batches))
+        exact = _outputs(model, {}, first)
+        for target in with_hessians(model, plan.targets, batches, lambda items: items):
+            options[target.path], middle = _options(target, chosen)
+            got = _outputs(model, middle, first)
+            error = _relative(got, exact)
+            own = sorted(o.error for o in options[target.path].values())[len(chosen) // 2]
+            importance[target.path] = error / own if own > 0 else 0.0
+    weights = {t.path: sum(m.values.numel() for m in matrices(t.source, t.path)) for t in plan.targets}
+    excluded = [path for path, _, reason in plan.skipped if reason == EXCLUDED]
+    return Sensitivity(options, weights, importance, chosen, (*(ignore or ()), *excluded))
+
+
+def search(
+    model: nn.Module,
+    calibration: Any,
+    budget: float,
+    candidates: Mapping[str, Recipe | str] | None = None,
+    *,
+    ignore: Iterable[str] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+) -> Recipe:
+    """The recipe with the smallest predicted error of the network's output under a budget of bytes.
+
+    The predicted error is the sum of `Sensitivity.harm` over the layers. Starting from the smallest candidate
+    everywhere, the change that lowers it most for its bytes is made, again and again.
+
+    Args:
+        budget: stored bits for each weight, on average over the layers: codes, scales, zero points, levels.
+        model, candidates, ignore, filter_fn: as of `sensitivity`.
+        calibration: batches, or the `Sensitivity` of this model.
+
+    Returns:
+        A Recipe whose overrides name the layers that differ from the most frequent choice; read it, edit it, save it
+        with `to_json`.
+
+    Raises ArgumentError where not even the smallest candidates fit.
+    """
+    check_number("budget", budget, 0.0, 64.0)
+    if isinstance(calibration, Sensitivity):
+        if candidates is not None:
+            raise ArgumentError("candidates", "None with a Sensitivity, which has its own", candidates)
+        table = calibration
+    else:
+        table = sensitivity(model, calibration, candidates, ignore=ignore, filter_fn=filter_fn)
+    modules = {path for path, _ in model.named_modules()}
+    if not set(table.options) <= modules:
+        raise ArgumentError("calibration", "the sensitivity of this model's layers", "that of another model")
+    choice = _choose(table, budget * sum(table.weights.values()) / 8)
+    (common, _), *_ = Counter(choice.values()).most_common()
+    differing = {path: table.candidates[name] for path, name in choice.items() if name != common}
+    return dataclasses.replace(table.candidates[common], overrides=differing or None, ignore=table.ignored or None)
+
+
+def _candidates(candidates: Mapping[str, Recipe | str] | None) -> dict[str, Recipe]:
+    if candidates is None:
+        return dict(CANDIDATES)
+    check_type("candidates", candidates, Mapping, "a mapping from names to recipes or scheme names")
+    chosen = {name: as_recipe(value, f"candidates[{name!r}]") for name, value in candidates.items()}
+    if not chosen:
+        raise ArgumentError("candidates", "at least one recipe", {})
+    for name, recipe in chosen.items():
+        if not isinstance(name, str):
+            raise ArgumentTypeError("candidates", "a mapping whose keys are names", repr(name))
+        if recipe.weights.bits is None or recipe.overrides or recipe.ignore:
+            raise ArgumentError(f"candidates[{name!r}]", "a recipe that rounds, without overrides or ignore", recipe)
+    return chosen
+
+
+def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, Option], dict[str, Tensor]]:
+    """Every candidate on one layer, and the float weights of the middle one by error."""
+    found: dict[str, Option] = {}
+    made: dict[str, dict[str, Tensor]] = {}
+    for name, recipe in candidates.items():
+        stored, lost, power = 0, 0.0, 0.0
+        made[name] = {}
+        for matrix in matrices(target.source, target.path):
+            moments, hessian = target.moments.get(matrix.name), target.hessians.get(matrix.name)
+            known = dataclasses.replace(matrix, moments=moments, hessian=hessian)
+            split = plan_splits(known, recipe.weights) if target.kind != "embedding" else None
+            quantized = quantize_matrix(known, recipe.weights, split)
+            values = quantized.dequantize()
+            stored += stored_bytes(quantized, split, matrix.positions)
+            lost += _power(values - matrix.values, known)
+            power += _power(matrix.values, known)
+            dtype = target.source._parameters[matrix.name].dtype  # type: ignore[union-attr]
+            key = f"{target.path}.{matrix.name}".lstrip(".")
+            made[name][key] = values.reshape(matrix.shape).to(dtype)
+        found[name] = Option(stored, lost / power if power > 0 else 0.0)
+    middle = sorted(found, key=lambda name: found[name].error)[len(found) // 2]
+    return found, made[middle]
+
+
+def _power(w: Tensor, matrix: Matrix) -> float:
+    """sum |w x|^2 over the inputs; where they are not known together, over channels of their second moments."""
+    if matrix.hessian is not None:
+        return float(((w @ matrix.hessian) * w).sum(dtype=torch.float64))
+    square = w.double().square()
+    if matrix.moments is not None:
+        square = square * matrix.moments.repeat_interleave(matrix.positions, 1)
+    return float(square.sum())
+
+
+def _outputs(model: nn.Module, changed: dict[str, Tensor], batch: Any) -> list[Tensor]:
+    """The floating-point tensors of the model's output on one batch, with other weights."""
+    modes = [(module, module.training) for module in model.modules()]
+    args, kwargs = (), {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    else:
+        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        model.eval()
+        output = functional_call(model, changed, args, kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    found = _floats(output)
+    if not found:
+        raise NotCalibratedError(f"the output of {type(model).__name__} holds no floating-point tensor to compare")
+    return found
+
+
+def _floats(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output.double()] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        return [t for value in output.values() for t in _floats(value)]
+    return [t for value in output for t in _floats(value)] if isinstance(output, (tuple, list)) else []
+
+
+def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
+    lost = sum(float((a - b).square().sum()) for a, b in zip(got, exact, strict=True))
+    return lost / max(sum(float(t.square().sum()) for t in exact), 1e-300)
+
+
+def _choose(table: Sensitivity, allowed: float) -> dict[str, str]:
+    """One candidate for each layer, in at most `allowed` bytes."""
+    starts = [{path: _smallest(row) for path, row in table.options.items()}]
+    least = _bytes(table, starts[0])
+    if least > allowed:
+        bits = 8 / sum(table.weights.values())
+        expected = f"at least {bits * least:.2f}, the bits of the smallest candidates"
+        raise ArgumentError("budget", expected, round(bits * allowed, 2))
+    # The same candidate everywhere is where a greedy way from below may end short of.
+    uniform = (dict.fromkeys(table.options, name) for name in table.candidates)
+    starts += [choice for choice in uniform if _bytes(table, choice) <= allowed]
+    ends = [_improve(table, choice, allowed) for choice in starts]
+    return min(ends, key=lambda choice: sum(table.harm(path, name) for path, name in choice.items()))
+
+
+def _smallest(row: dict[str, Option]) -> str:
+    return min(row, key=lambda name: row[name].bytes)
+
+
+def _bytes(table: Sensitivity, choice: dict[str, str]) -> int:
+    return sum(table.options[path][name].bytes for path, name in choice.items())
+
+
+def _improve(table: Sensitivity, choice: dict[str, str], allowed: float) -> dict[str, str]:
+    """Make the change that lowers the harm most for its bytes, as long as one fits."""
+    choice, left = dict(choice), allowed - _bytes(table, choice)
+    heap: list[tuple[float, str, str, str]] = []
+
+    def offer(path: str) -> None:
+        row, now = table.options[path], choice[path]
+        for name, option in row.items():
+            gain = table.harm(path, now) - table.harm(path, name)
+            cost = option.bytes - row[now].bytes
+            if gain > 0 and cost <= left:
+                heapq.heappush(heap, (-gain / cost if cost > 0 else -torch.inf, path, now, name))
+
+    for path in choice:
+        offer(path)
+    while heap:
+        _, path, before, name = heapq.heappop(heap)
+        cost = table.options[path][name].bytes - table.options[path][before].bytes
+        if choice[path] == before and cost <= left:
+            choice[path] = name
+            left -= cost
+            offer(path)
+    return choice
