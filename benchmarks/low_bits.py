@@ -37,6 +37,10 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
+def no_embedding(module: nn.Module, path: str) -> bool:
+    return not isinstance(module, nn.Embedding)
+
+
 @dataclass
 class Subject:
     """A network, what calibrates it, and its score: `losses` gives a sum and a weight per item, `show` a figure."""
@@ -128,6 +132,14 @@ def charrnn(short: bool) -> Subject | None:
     return _lstm("charrnn", networks.charrnn(12_000 if short else 120_000), 20, bits, "bits/character")
 
 
+SUBJECTS: dict[str, Callable[[bool], Subject | None]] = {
+    "stories260k": stories,
+    "minilm": minilm,
+    "ptb": ptb,
+    "charrnn": charrnn,
+}
+
+
 def recipes(short: bool) -> dict[str, Recipe]:
     """All of weights alone, but for the row that says A8."""
     table = {
@@ -191,7 +203,7 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
             recipe,
             calibration=subject.calibration,
             simulate=True,
-            filter_fn=lambda module, path: not isinstance(module, nn.Embedding),
+            filter_fn=no_embedding,
         )
         done = [line for line in ocsquant.report(made).layers if line.kernel]
         stored = 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)
@@ -216,29 +228,29 @@ def bars(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
         yield Row(subject.name, what, f"{value[what]:.3f}", f"<= {most}", value[what] <= most)
 
 
-def main() -> None:
-    options = measure.parser(__doc__)
-    parts = {"stories260k": stories, "minilm": minilm, "ptb": ptb, "charrnn": charrnn}
-    options.add_argument("--only", choices=parts, action="append", help="only this network; may be given again")
+def run(description: str | None, name: str, columns: list[str], rows: Callable[[Subject, bool], Iterator[Row]]) -> None:
+    """A table over the four networks as a command."""
+    options = measure.parser(description or "")
+    options.add_argument("--only", choices=SUBJECTS, action="append", help="only this network; may be given again")
     args = options.parse_args()
     measure.start(args)
     torch.manual_seed(0)
     head = measure.header()
     print(measure.show_header(head))
-    rows: list[Row] = []
-    for name in args.only or parts:
-        subject = parts[name](args.short)
+    found: list[Row] = []
+    for key in args.only or SUBJECTS:
+        subject = SUBJECTS[key](args.short)
         if subject is None:
-            print(f"skipped {name}: its network or text is absent")
+            print(f"skipped {key}: its network or text is absent")
             continue
-        for row in rows_of(subject, args.short):
-            rows.append(row)
+        for row in rows(subject, args.short):
+            found.append(row)
             print(" | ".join(row.cells()), flush=True)
-    failed = sum(row.met is False for row in rows)
-    text = measure.table(["network", "weights", "score", "bits, or bar", "met"], [row.cells() for row in rows])
-    text += f"\n\n{sum(row.met is not None for row in rows)} bars, {failed} missed"
-    measure.finish("low_bits", head, text, [vars(row) for row in rows])
+    failed = sum(row.met is False for row in found)
+    text = measure.table(columns, [row.cells() for row in found])
+    text += f"\n\n{sum(row.met is not None for row in found)} bars, {failed} missed"
+    measure.finish(name, head, text, [vars(row) for row in found])
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, "low_bits", ["network", "weights", "score", "bits, or bar", "met"], rows_of)

@@ -1,0 +1,38 @@
+"""What choosing a recipe per layer adds at the bytes of one recipe everywhere, on four pretrained networks.
+
+`ocsquant.search` sees calibration data only; the score is that of other stories, sentences or text (low_bits.py).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from accuracy import Row
+from low_bits import Subject, no_embedding, run
+from torch import nn
+
+import ocsquant
+from ocsquant import Recipe
+
+AGAINST, SHORT = ("W4 k-means", "W4 g64", "W5"), ("W4 k-means",)  # 4.3 to 5.5 bits
+
+
+def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
+    def quantized(recipe: Recipe) -> nn.Module:
+        model = copy.deepcopy(subject.model)
+        return ocsquant.quantize(model, recipe, calibration=subject.calibration, simulate=True, filter_fn=no_embedding)
+
+    table = ocsquant.sensitivity(subject.model, subject.calibration, filter_fn=no_embedding)
+    for name in SHORT if short else AGAINST:
+        bits = 8 * sum(options[name].bytes for options in table.options.values()) / sum(table.weights.values())
+        everywhere = subject.score(quantized(table.candidates[name]))
+        chosen = subject.score(quantized(ocsquant.search(subject.model, table, bits)))
+        change = 100 * (chosen[1] / everywhere[1] - 1)
+        shown = [f"{value:.4f} ({distance:+.4f} +- {error:.4f})" for value, distance, error in (everywhere, chosen)]
+        yield Row(subject.name, f"{name} everywhere, {bits:.2f} bits", shown[0])
+        yield Row(subject.name, "search at the same bytes", f"{shown[1]}: {change:+.0f} % loss", "<= 0 %", change <= 0)
+
+
+if __name__ == "__main__":
+    run(__doc__, "search", ["network", "recipe", "score", "bar", "met"], rows_of)
