@@ -215,3 +215,12 @@ def test_wrong_inputs():
         embedding(torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"rows must be in 0\.\.89, got 90"):
         embedding(torch.tensor([90]))
+
+
+def test_embeddings_beside_integer_linears():
+    model = nn.Sequential(nn.Embedding(90, 128), nn.Linear(128, 128), nn.Linear(128, 128))
+    ids = torch.randint(90, (2, 7))
+    exact = model(ids).detach()
+    ocsquant.quantize(model, overrides={"0": "W8A16", "2": "W4A16"})
+    assert [type(m).__name__ for m in model] == ["WeightOnlyEmbedding", "QuantizedLinear", "WeightOnlyLinear"]
+    assert (model(ids) - exact).norm() < 0.1 * exact.norm()
