@@ -23,7 +23,7 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
         model = copy.deepcopy(subject.model)
         return ocsquant.quantize(model, recipe, calibration=subject.calibration, simulate=True, filter_fn=no_embedding)
 
-    table = ocsquant.sensitivity(subject.model, subject.calibration, filter_fn=no_embedding)
+    table = ocsquant.sensitivity(subject.model, subject.calibration, filter_fn=no_embedding, simulate=True)
     for name in SHORT if short else AGAINST:
         bits = 8 * sum(options[name].bytes for options in table.options.values()) / sum(table.weights.values())
         everywhere = subject.score(quantized(table.candidates[name]))

@@ -83,6 +83,8 @@ def _build_target(
     parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
     for matrix in _matrices(target):
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
+        if target.transform is not None and target.transform.copies is not None:
+            plan = ocs.SplitPlan(target.transform.copies)
         if target.kind == "embedding" and recipe.weights.ocs is not None:
             plan = None
             notes.append("not split: an embedding has no input channels")
@@ -94,7 +96,8 @@ def _build_target(
     if integer:
         made = _build_integer(module, quantized[0], target)
         new: nn.Module = made
-        _share(shared, module, made)
+        if not _share(shared, module, made):
+            notes.append("its weight is also another layer's, but quantized for this one alone: stored twice")
         layer.kernel, layer.split_channels = made.kernel, made.split_channels
         layer.bytes_after = sum(b.numel() * b.element_size() for b in made.buffers())
     else:
@@ -125,15 +128,19 @@ def _build_integer(module: nn.Module, weight: QuantizedWeight, target: Target) -
     return QuantizedLinear.from_weight(weight, _bias(module, transform), activations, transform)
 
 
-def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> None:
-    """Two layers that share a weight go on sharing it."""
+def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> bool:
+    """Two layers that share a weight go on sharing it, where they are quantized alike; whether that is so."""
     first = shared.setdefault(id(module.weight), new)
+    if first is new:
+        return True
     names = [name for name in new.tensors if name != "bias" and new._buffers[name] is not None]
-    if first is new or type(first) is not type(new) or first.settings() != new.settings():
-        return
+    if type(first) is not type(new) or first.settings() != new.settings():
+        return False
     ours, theirs = ([m._buffers[name] for name in names] for m in (new, first))
-    if all(b is not None and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):  # type: ignore[arg-type]
-        new._buffers.update(zip(names, theirs, strict=True))
+    if not all(b is not None and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):  # type: ignore[arg-type]
+        return False
+    new._buffers.update(zip(names, theirs, strict=True))
+    return True
 
 
 def _bias(module: nn.Linear, transform: InputTransform | None) -> Tensor | None:

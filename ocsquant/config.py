@@ -197,6 +197,11 @@ class Activations:
             (SmoothQuant, arXiv 2211.10438) before scaling; None: not for "token" and "tensor"; "channel" is alpha = 1.
         shift: move the middle of each channel's calibrated range to zero (symmetrization of OutlierTune, the shift of
             Outlier Suppression+, arXiv 2304.09145).
+        split: an `OCS(expand_ratio, quantization_aware=False)`: channels that calibration shows to hold outliers are
+            split in n copies of x / n, fixed in advance (activation OCS, arXiv 1901.09504, section 3.4); a tail column
+            of the weight stands for the copies. select "max" takes those with the most values above the layer's 99th
+            percentile, as the paper does; "gain" as many as lower the predicted output error. For "token" and "tensor"
+            without smooth_alpha; splitting quantization-aware is what max_outliers does, as the layer runs.
     """
 
     bits: int = 8
@@ -205,6 +210,7 @@ class Activations:
     scale: str = "token"
     smooth_alpha: float | None = None
     shift: bool = False
+    split: OCS | None = None
 
     def __post_init__(self) -> None:
         check_number("bits", self.bits, 2, 8, whole=True)
@@ -214,10 +220,18 @@ class Activations:
         if self.smooth_alpha is not None:
             check_number("smooth_alpha", self.smooth_alpha, 0.0, 1.0)
         check_type("shift", self.shift, bool, "True or False")
+        if self.split is not None:
+            check_type("split", self.split, OCS, "an ocsquant.OCS or None")
+            s = self.split
+            if s.quantization_aware or s.shares != "equal" or s.max_overhead is not None:
+                expected = "an OCS with quantization_aware=False, equal shares and an expand_ratio, for activations"
+                raise ArgumentError("split", expected, s)
+            if self.scale == "channel" or self.smooth_alpha is not None:
+                raise ArgumentError("split", "None where channels have scales of their own", s)
 
     @property
     def needs_calibration(self) -> bool:
-        return self.scale != "token" or self.smooth_alpha is not None or self.shift
+        return self.scale != "token" or self.smooth_alpha is not None or self.shift or self.split is not None
 
 
 def PerToken(bits: int = 8, max_outliers: int = 16, outlier_threshold: float = 4.0) -> Activations:
@@ -275,6 +289,10 @@ class Recipe:
         check_type("weights", self.weights, Weights, "an ocsquant.Weights")
         if self.activations is not None:
             check_type("activations", self.activations, Activations, "an ocsquant.Activations or None")
+            even = self.weights.symmetric and self.weights.split is None and not self.weights.by_levels
+            if self.activations.split is not None and not even:
+                expected = "without split where weights are split, asymmetric or levels"
+                raise ArgumentError("activations", expected, self.activations)
         if self.overrides is not None:
             object.__setattr__(self, "overrides", _frozen_overrides(self.overrides))
         if self.ignore is not None:
@@ -294,6 +312,12 @@ class Recipe:
             raise ArgumentError("text", "JSON written by Recipe.to_json", f"{error}") from error
 
 
+def activations_from_dict(data: dict[str, Any]) -> Activations:
+    """The inverse of dataclasses.asdict."""
+    split = data["split"]
+    return Activations(**{**data, "split": None if split is None else OCS(**split)})
+
+
 def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
     weights = {**data["weights"]}  # unlike dict(), a TypeError for anything but a mapping
     if weights.get("split") is not None:
@@ -302,7 +326,7 @@ def _recipe_from_dict(data: dict[str, Any]) -> Recipe:
     overrides = data["overrides"]
     parts = {
         "weights": Weights(**weights),
-        "activations": None if activations is None else Activations(**activations),
+        "activations": None if activations is None else activations_from_dict(activations),
         "overrides": None if overrides is None else {k: _recipe_from_dict(v) for k, v in overrides.items()},
     }
     return Recipe(**{**data, **parts})  # an unknown entry is a TypeError here

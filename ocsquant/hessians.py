@@ -11,7 +11,7 @@ from ocsquant.errors import ArgumentError, NotCalibratedError
 from ocsquant.inputs import columns, run_batches, statistics_key, watch
 from ocsquant.layers import weight_names
 from ocsquant.methods.outliertune import InputTransform
-from ocsquant.observers import InputStatistics, Statistics, check_batches, check_finite_input
+from ocsquant.observers import InputStatistics, Statistics, check_batches, check_finite
 from ocsquant.planning import Target
 
 MEMORY = 256 * 2**20  # bytes of Hessians held at a time, or those of one layer where they are more
@@ -42,12 +42,20 @@ def attach_moments(model: nn.Module, targets: list[Target], statistics: Statisti
             if seen is None or seen.count == 0:
                 missing.append(target.path)
                 break
+            _check_width(target, name, seen)
             target.moments[name] = _by_output(target.source, second_moments(seen, target.transform))
     if missing:
         raise NotCalibratedError(
             f"calibration must show the inputs of {len(missing)} layers whose clip is 'output': "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
         )
+
+
+def _check_width(target: Target, name: str, seen: InputStatistics) -> None:
+    expected = getattr(target.source, name).shape[1] * getattr(target.source, "groups", 1)
+    if seen.total.numel() != expected:
+        key = statistics_key(target.path, name)
+        raise ArgumentError("calibration", f"statistics in which '{key}' has {expected} channels", seen.total.numel())
 
 
 def _by_output(module: nn.Module, moments: Tensor) -> Tensor:
@@ -120,7 +128,7 @@ def _collect(model: nn.Module, asking: dict[str, Target], batches: Iterable[Any]
     def look(path: str, module: nn.Module, given: Any, state: Any) -> None:
         target = asking[path]
         for name, x in columns(module, given, state):
-            check_finite_input(x, statistics_key(path, name))
+            check_finite(x, f"the input of {statistics_key(path, name) or 'the model'}")
             if target.transform is not None:
                 u = target.transform.apply(x)
                 product = u.T @ u
@@ -137,6 +145,9 @@ def _collect(model: nn.Module, asking: dict[str, Target], batches: Iterable[Any]
 
     with watch(model, look, set(asking)):
         run_batches(model, batches)
+    for path, target in asking.items():
+        for name, hessian in target.hessians.items():
+            check_finite(hessian, f"the squares of {statistics_key(path, name) or 'the model'}'s inputs")
     unseen = [path for path, target in asking.items() if not target.hessians]
     if unseen:
         raise NotCalibratedError(
@@ -147,7 +158,9 @@ def _collect(model: nn.Module, asking: dict[str, Target], batches: Iterable[Any]
 def repeatable(batches: Any) -> Any:
     """Batches that can be run several times: a one-shot iterator is kept as a list."""
     if batches is None:
-        raise NotCalibratedError("calibration must be batches for this recipe: it rounds weights by 'gptq'")
+        raise NotCalibratedError(
+            "calibration must be batches: they are run again for rounding by 'gptq' and for search"
+        )
     if isinstance(batches, Statistics):
         raise ArgumentError("calibration", "batches where weights are rounded by 'gptq'", repr(batches))
     check_batches(batches)

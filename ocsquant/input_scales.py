@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import torch
 from torch import Tensor, nn
 
-from ocsquant.config import Activations, Recipe, Weights
+from ocsquant.config import OCS, Activations, Recipe, Weights
 from ocsquant.errors import ArgumentError, NotCalibratedError
 from ocsquant.hessians import second_moments, unseen_by_design
-from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix
+from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, range_limit
+from ocsquant.methods import ocs
 from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
 from ocsquant.methods.tokens import quantize_tokens
 from ocsquant.observers import InputStatistics, Statistics
@@ -59,11 +61,22 @@ def _fix(target: Target, seen: InputStatistics) -> None:
         if not folded <= token:
             _per_token(target, f"output error {token / folded:.2f} of that with folded scales")
             return
-    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values)
+    copies = None if a.split is None else _copies(a.split, target.recipe.weights, matrix, seen)
+    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values, copies)
 
 
-def _transform(a: Activations, low: Tensor, high: Tensor, weight: Tensor) -> InputTransform:
-    return input_transform(low, high, weight, a.bits, a.scale, a.smooth_alpha, a.shift)
+def _copies(split: OCS, weights: Weights, matrix: Matrix, seen: InputStatistics) -> Tensor:
+    splits = ocs.split_count(split.expand_ratio, matrix.channels)
+    if split.select == "max":
+        return ocs.plan_by_counts(seen.outlier_counts, splits).copies
+    power = matrix.values.square().sum(0)
+    return ocs.plan_by_error(seen.absmax, power, splits, range_limit(weights)).copies
+
+
+def _transform(
+    a: Activations, low: Tensor, high: Tensor, weight: Tensor, copies: Tensor | None = None
+) -> InputTransform:
+    return input_transform(low, high, weight, a.bits, a.scale, a.smooth_alpha, a.shift, copies)
 
 
 def _per_token(target: Target, why: str) -> None:
@@ -74,6 +87,7 @@ def _per_token(target: Target, why: str) -> None:
     target.notes.append(f"inputs per token: {why}")
 
 
+@torch.autocast("cpu", enabled=False)
 def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[float, float]:
     """Relative squared output errors on real inputs, with the real quantizers: folded, and per token.
 

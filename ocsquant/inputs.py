@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ocsquant.errors import ArgumentError
 from ocsquant.layers import CONVOLUTIONS, RECURRENT, kind_of
 
+PATCHES = 1 << 22  # values of a convolution's patches written out at a time
 Look = Callable[[str, nn.Module, Any, Any], None]  # path, module, its input, an LSTM's or GRU's initial state
 
 
@@ -45,7 +46,7 @@ def _hook(path: str, look: Look, lock: threading.Lock) -> Callable[..., None]:
         given = args[0] if args else kwargs.get("input")
         state = args[1] if len(args) > 1 else kwargs.get("hx")
         if isinstance(given, (Tensor, PackedSequence)):
-            with torch.no_grad(), torch.inference_mode(False), lock:
+            with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False), lock:
                 look(path, module, given, state)
 
     return hook
@@ -62,8 +63,9 @@ def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
     try:
         model.eval()
         with torch.no_grad():
-            for batch in batches:
+            for given in batches:
                 count += 1
+                batch = fresh(given)
                 if isinstance(batch, Mapping):
                     model(**batch)
                 elif isinstance(batch, (tuple, list)):
@@ -75,6 +77,15 @@ def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
             module.training = mode
     if count == 0:
         raise ArgumentError("calibration", "an iterable of at least one batch", "an empty one")
+
+
+def fresh(batch: Any) -> Any:
+    """A batch whose tensors are copies: a model may change its inputs, and sees them again."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    if isinstance(batch, Mapping):
+        return {key: fresh(value) for key, value in batch.items()}
+    return type(batch)(map(fresh, batch)) if type(batch) in (list, tuple) else batch
 
 
 def statistics_key(path: str, weight: str) -> str:
@@ -104,13 +115,15 @@ def columns(module: nn.Module, given: Any, state: Any) -> Iterator[tuple[str, Te
     elif module.groups == 1:  # with groups, every group of outputs has patches of its own
         spatial = len(module.kernel_size)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        x = _float(given if given.dim() == spatial + 2 else given[None])
-        x = nn.functional.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        for d, (size, dilation, stride) in enumerate(
-            zip(module.kernel_size, module.dilation, module.stride, strict=True)
-        ):
-            x = x.unfold(2 + d, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        yield "weight", x.movedim(1, spatial + 1).reshape(-1, module.weight[0].numel())
+        images = given if given.dim() == spatial + 2 else given[None]
+        k = module.weight[0].numel()
+        for part in images.split(max(1, PATCHES // max(1, images[0, 0].numel() * k))):
+            x = nn.functional.pad(_float(part), module._reversed_padding_repeated_twice, mode=mode)
+            for d, (size, dilation, stride) in enumerate(
+                zip(module.kernel_size, module.dilation, module.stride, strict=True)
+            ):
+                x = x.unfold(2 + d, (size - 1) * dilation + 1, stride)[..., ::dilation]
+            yield "weight", x.movedim(1, spatial + 1).reshape(-1, k)
 
 
 def _float(x: Tensor) -> Tensor:
@@ -161,7 +174,9 @@ def _initial_state(module: nn.LSTM | nn.GRU, state: Any, batch: int, size: int) 
     sizes = (size, module.hidden_size) if isinstance(module, nn.LSTM) else (size,)
     many = module.num_layers * (2 if module.bidirectional else 1)
     full = [
-        torch.zeros(many, batch, width) if part is None else _float(part).reshape(many, batch, width)
+        torch.zeros(many, batch, width, dtype=torch.float32)
+        if part is None
+        else _float(part).reshape(many, batch, width)
         for width, part in zip(sizes, parts, strict=False)
     ]
     return full[0], full[1] if len(full) > 1 else None

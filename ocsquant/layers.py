@@ -109,6 +109,7 @@ def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitP
     return ocs.SplitPlan(copies, split.shares)
 
 
+@torch.autocast("cpu", enabled=False)
 def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     """The codes of one weight, clipped after splitting."""
     grid = _nearest(matrix, weights, plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -74,6 +75,15 @@ class InputStatistics:
     def absmax(self) -> Tensor:
         """float32 [channels]."""
         return torch.maximum(self.maximum.abs(), self.minimum.abs())
+
+    @property
+    def outlier_counts(self) -> Tensor:
+        """int64 [channels]: of the sampled tokens, the values above the layer's 99th percentile of |x|."""
+        size = self.sample.abs()
+        if size.numel() == 0:
+            return torch.zeros(size.shape[1], dtype=torch.int64)
+        threshold = size.flatten().kthvalue(math.ceil(0.99 * size.numel())).values
+        return (size > threshold).sum(0)
 
     @classmethod
     def empty(cls, channels: int) -> InputStatistics:
@@ -281,7 +291,7 @@ def calibrate(model: nn.Module) -> Iterator[Statistics]:
     def look(path: str, module: nn.Module, given: Any, state: Any) -> None:
         for name, x in tokens(module, given, state):
             key = statistics_key(path, name)
-            check_finite_input(x, key)
+            check_finite(x, f"the input of {key or 'the model'}")
             statistics._layers.setdefault(key, InputStatistics.empty(x.shape[1])).add(x)
 
     with watch(model, look) as watched:
@@ -293,10 +303,10 @@ def calibrate(model: nn.Module) -> Iterator[Statistics]:
         )
 
 
-def check_finite_input(x: Tensor, key: str) -> None:
+def check_finite(x: Tensor, where: str) -> None:
+    """Raise NonFiniteError for NaN or Inf."""
     bad = ~x.isfinite()
     if bad.any():
-        where = f"the input of {key or 'the model'}"
         raise NonFiniteError(where, int(bad.sum()), int(bad.flatten().nonzero()[0]))
 
 
@@ -311,7 +321,9 @@ def statistics_of(model: nn.Module, calibration: Any, progress: Any) -> Statisti
     """Statistics from themselves, or from batches: a mapping calls model(**batch), a tuple or list model(*batch)."""
     if isinstance(calibration, Statistics):
         keys = (path for path, _ in model.named_modules())
-        if not any(key == path or key.startswith(f"{path}.weight_") for path in keys for key in calibration):
+        if not any(
+            key == path or key.startswith(statistics_key(path, "weight_")) for path in keys for key in calibration
+        ):
             raise ArgumentError("calibration", "statistics of this model's layers", repr(calibration))
         return calibration
     check_batches(calibration)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ocsquant import ops
-from ocsquant.config import Activations
+from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import packed_shape
 from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight
@@ -76,7 +76,7 @@ def _quantized_linear(
     path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check
 ) -> QuantizedLinear:
     k, n, bits = settings["in_features"], settings["out_features"], _bits(check, settings["bits"])
-    activations = Activations(**settings["activations"])
+    activations = activations_from_dict(settings["activations"])
     check(type(k) is int and type(n) is int and k > 0 and n > 0, "sizes must be whole numbers")
     if kind_of_layer(old) != "Linear":
         raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")

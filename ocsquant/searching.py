@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ocsquant.config import Recipe, Weights, as_recipe, check_number, check_type
-from ocsquant.errors import ArgumentError, ArgumentTypeError, NotCalibratedError
+from ocsquant.errors import ArgumentError, ArgumentTypeError, NonFiniteError, NotCalibratedError
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
-from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.inputs import fresh, watch
+from ocsquant.layers import Matrix, kind_of, matrices, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.observers import statistics_of
 from ocsquant.planning import EXCLUDED, Target, make_plan, merge_request
 
@@ -84,40 +87,79 @@ def sensitivity(
     *,
     ignore: Iterable[str] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    simulate: bool = False,
 ) -> Sensitivity:
     """Measure what each candidate does to the output of each layer, and how much the network minds.
 
     A layer's error is that of its real quantizer on all of its calibrated inputs; activations of a candidate do not
-    count. How much the network minds is measured on the first batch, one run for each layer.
+    count. How much the network minds is measured on the first batch that reaches the layer, one run for each layer.
 
     Args:
         model: a float model; it is only read.
         calibration: batches, as of `quantize`.
         candidates: name -> Recipe or scheme, at least one. Default: 3 to 8 bits, rounded by GPTQ.
         ignore, filter_fn: layers to leave out, as of `quantize`.
+        simulate: count the layers that only `quantize(simulate=True)` has a form for, too (LSTM, GRU, tiny ones).
 
     Raises what `quantize` raises.
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
+    check_type("simulate", simulate, bool, "True or False")
     chosen = _candidates(candidates)
     base = Recipe(Weights(8, **GPTQ), None)
     with torch.no_grad():
         batches = repeatable(calibration)
-        plan = make_plan(model, *merge_request(base, ignore, None), filter_fn, simulate=True)
-        attach_moments(model, plan.targets, statistics_of(model, batches, lambda items: items))
+        plan = make_plan(model, *merge_request(base, ignore, None), filter_fn, simulate)
+        probe = _Probe(model, batches, [target.path for target in plan.targets])
+        attach_moments(model, plan.targets, probe.statistics)
         options: dict[str, dict[str, Option]] = {}
         importance: dict[str, float] = {}
-        first = next(iter(batches))
-        exact = _outputs(model, {}, first)
         for target in with_hessians(model, plan.targets, batches, lambda items: items):
-            options[target.path], middle = _options(target, chosen)
-            got = _outputs(model, middle, first)
-            error = _relative(got, exact)
-            own = sorted(o.error for o in options[target.path].values())[len(chosen) // 2]
+            options[target.path], middle, own = _options(target, chosen)
+            error = probe.harm(target.path, middle)
             importance[target.path] = error / own if own > 0 else 0.0
     weights = {t.path: sum(m.values.numel() for m in matrices(t.source, t.path)) for t in plan.targets}
-    excluded = [path for path, _, reason in plan.skipped if reason == EXCLUDED]
+    modules = dict(model.named_modules())
+    excluded = [path for path, _, why in plan.skipped if why == EXCLUDED and kind_of(modules[path]) is not None]
     return Sensitivity(options, weights, importance, chosen, (*(ignore or ()), *excluded))
+
+
+class _Probe:
+    """The network's outputs on, for each layer, the first batch that reaches it."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], paths: list[str]) -> None:
+        self.model = model
+        self.batch: dict[str, Any] = {}
+        self.exact: dict[int, list[Tensor]] = {}
+        current: list[Any] = [None]
+
+        def look(path: str, module: nn.Module, given: Any, state: Any) -> None:
+            self.batch.setdefault(path, current[0])
+
+        def counted() -> Iterator[Any]:
+            for batch in batches:
+                current[0] = batch
+                yield batch
+
+        with watch(model, look, set(paths)):
+            self.statistics = statistics_of(model, counted(), lambda items: items)
+        first = next(iter(self.batch.values()))
+        for path in paths:  # those that no hook sees are taken to be part of every run
+            batch = self.batch.setdefault(path, first)
+            if id(batch) not in self.exact:
+                self.exact[id(batch)] = _outputs(model, {}, batch)
+
+    def harm(self, path: str, changed: dict[str, Tensor]) -> float:
+        """Squared error of the output over the output, with other weights in one layer."""
+        batch = self.batch[path]
+        lost = power = 0.0
+        for got, exact in zip(_outputs(self.model, changed, batch), self.exact[id(batch)], strict=True):
+            known = exact.isfinite()  # masked scores are -inf
+            lost += float((got[known] - exact[known]).square().sum())
+            power += float(exact[known].square().sum())
+        if not math.isfinite(lost):
+            raise NonFiniteError(f"the network's output with a quantized '{path}'", 1, 0)
+        return lost / max(power, 1e-300)
 
 
 def search(
@@ -128,6 +170,7 @@ def search(
     *,
     ignore: Iterable[str] | None = None,
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    simulate: bool = False,
 ) -> Recipe:
     """The recipe with the smallest predicted error of the network's output under a budget of bytes.
 
@@ -136,7 +179,7 @@ def search(
 
     Args:
         budget: stored bits for each weight, on average over the layers: codes, scales, zero points, levels.
-        model, candidates, ignore, filter_fn: as of `sensitivity`.
+        model, candidates, ignore, filter_fn, simulate: as of `sensitivity`.
         calibration: batches, or the `Sensitivity` of this model.
 
     Returns:
@@ -147,11 +190,13 @@ def search(
     """
     check_number("budget", budget, 0.0, 64.0)
     if isinstance(calibration, Sensitivity):
-        if candidates is not None:
-            raise ArgumentError("candidates", "None with a Sensitivity, which has its own", candidates)
+        given = {"candidates": candidates, "ignore": ignore, "filter_fn": filter_fn}
+        for name, value in given.items():
+            if value is not None:
+                raise ArgumentError(name, "None with a Sensitivity, which was made with its own", value)
         table = calibration
     else:
-        table = sensitivity(model, calibration, candidates, ignore=ignore, filter_fn=filter_fn)
+        table = sensitivity(model, calibration, candidates, ignore=ignore, filter_fn=filter_fn, simulate=simulate)
     modules = {path for path, _ in model.named_modules()}
     if not set(table.options) <= modules:
         raise ArgumentError("calibration", "the sensitivity of this model's layers", "that of another model")
@@ -173,33 +218,39 @@ def _candidates(candidates: Mapping[str, Recipe | str] | None) -> dict[str, Reci
             raise ArgumentTypeError("candidates", "a mapping whose keys are names", repr(name))
         if recipe.weights.bits is None or recipe.overrides or recipe.ignore:
             raise ArgumentError(f"candidates[{name!r}]", "a recipe that rounds, without overrides or ignore", recipe)
+        if recipe.weights.ocs is not None and recipe.weights.ocs.max_overhead is not None:
+            raise ArgumentError(f"candidates[{name!r}]", "an expand_ratio: max_overhead is for whole models", recipe)
     return chosen
 
 
-def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, Option], dict[str, Tensor]]:
-    """Every candidate on one layer, and the float weights of the middle one by error."""
+def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, Option], dict[str, Tensor], float]:
+    """Every candidate on one layer; the float weights that the one of middle error makes, and that error."""
     found: dict[str, Option] = {}
-    made: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, list[tuple[Matrix, QuantizedWeight]]] = {}
     for name, recipe in candidates.items():
         stored, lost, power = 0, 0.0, 0.0
-        made[name] = {}
+        made[name] = []
         for matrix in matrices(target.source, target.path):
             moments, hessian = target.moments.get(matrix.name), target.hessians.get(matrix.name)
             known = dataclasses.replace(matrix, moments=moments, hessian=hessian)
             split = plan_splits(known, recipe.weights) if target.kind != "embedding" else None
             quantized = quantize_matrix(known, recipe.weights, split)
-            values = quantized.dequantize()
             stored += stored_bytes(quantized, split, matrix.positions)
-            lost += _power(values - matrix.values, known)
+            lost += _power(quantized.dequantize() - matrix.values, known)
             power += _power(matrix.values, known)
-            dtype = target.source._parameters[matrix.name].dtype  # type: ignore[union-attr]
-            key = f"{target.path}.{matrix.name}".lstrip(".")
-            made[name][key] = values.reshape(matrix.shape).to(dtype)
+            made[name].append((matrix, quantized))
         found[name] = Option(stored, lost / power if power > 0 else 0.0)
     middle = sorted(found, key=lambda name: found[name].error)[len(found) // 2]
-    return found, made[middle]
+    changed = {
+        f"{target.path}.{matrix.name}".lstrip("."): quantized.dequantize()
+        .reshape(matrix.shape)
+        .to(target.source._parameters[matrix.name].dtype)  # type: ignore[union-attr]
+        for matrix, quantized in made[middle]
+    }
+    return found, changed, found[middle].error
 
 
+@torch.autocast("cpu", enabled=False)
 def _power(w: Tensor, matrix: Matrix) -> float:
     """sum |w x|^2 over the inputs; where they are not known together, over channels of their second moments."""
     if matrix.hessian is not None:
@@ -213,7 +264,7 @@ def _power(w: Tensor, matrix: Matrix) -> float:
 def _outputs(model: nn.Module, changed: dict[str, Tensor], batch: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output on one batch, with other weights."""
     modes = [(module, module.training) for module in model.modules()]
-    args, kwargs = (), {}
+    args, kwargs, batch = (), {}, fresh(batch)
     if isinstance(batch, Mapping):
         kwargs = dict(batch)
     else:
@@ -236,11 +287,6 @@ def _floats(output: Any) -> list[Tensor]:
     if isinstance(output, Mapping):
         return [t for value in output.values() for t in _floats(value)]
     return [t for value in output for t in _floats(value)] if isinstance(output, (tuple, list)) else []
-
-
-def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
-    lost = sum(float((a - b).square().sum()) for a, b in zip(got, exact, strict=True))
-    return lost / max(sum(float(t.square().sum()) for t in exact), 1e-300)
 
 
 def _choose(table: Sensitivity, allowed: float) -> dict[str, str]:

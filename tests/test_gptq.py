@@ -198,3 +198,34 @@ def test_directions_without_inputs_do_not_matter():
     nearest = ocsquant.quantize(copy.deepcopy(layer), Recipe(Weights(4), None), calibration=[x], simulate=True)
     assert made.weight.isfinite().all()
     assert (made(x) - layer(x)).norm() < 0.5 * (nearest(x) - layer(x)).norm()
+
+
+def test_autocast_and_huge_inputs():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), inputs()
+    plain = ocsquant.quantize(copy.deepcopy(layer), RECIPE, calibration=[x], simulate=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = ocsquant.quantize(copy.deepcopy(layer), RECIPE, calibration=[x], simulate=True)
+    assert torch.equal(plain.weight, cast.weight)
+    with pytest.raises(ocsquant.NonFiniteError, match="the squares of the model's inputs"):
+        ocsquant.quantize(layer, RECIPE, calibration=[x * 1e20], simulate=True)
+
+
+def test_statistics_of_a_recurrent_root_and_of_another_width():
+    lstm = nn.LSTM(16, 16)
+    recipe = Recipe(Weights(4, clip="output"), None)
+    with ocsquant.calibrate(lstm) as seen:
+        lstm(torch.randn(5, 2, 16))
+    ocsquant.quantize(lstm, recipe, calibration=seen, simulate=True)
+    model = nn.Sequential(nn.Linear(64, 64))
+    with ocsquant.calibrate(model) as seen:
+        model(torch.randn(5, 64))
+    with pytest.raises(ArgumentError, match="in which '0' has 128 channels, got 64"):
+        ocsquant.quantize(nn.Sequential(nn.Linear(128, 64)), recipe, calibration=seen, simulate=True)
+
+
+def test_a_shared_weight_rounded_twice_is_said():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    model[1].weight = model[0].weight
+    made = ocsquant.quantize(model, RECIPE, calibration=[torch.randn(99, 64)])
+    assert "stored twice" in ocsquant.report(made).layers[1].reason

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import ocsquant
+from ocsquant import inputs
 from ocsquant.inputs import columns, tokens
 
 
@@ -19,14 +20,17 @@ from ocsquant.inputs import columns, tokens
         (nn.Conv2d(3, 5, 3), (3, 6, 7)),
     ],
 )
-def test_patches_times_the_weight_are_the_convolution(conv, shape):
+def test_patches_times_the_weight_are_the_convolution(conv, shape, monkeypatch):
     x = torch.randn(shape)
-    ((name, patches),) = columns(conv, x, None)
+    monkeypatch.setattr(inputs, "PATCHES", 100)
+    names, parts = zip(*columns(conv, x, None), strict=True)
+    patches = torch.cat(parts)
     y = conv(x).detach()
     spatial = len(conv.kernel_size)
     expected = y.movedim(-spatial - 1, -1).reshape(-1, conv.out_channels)
     got = patches @ conv.weight.detach().reshape(conv.out_channels, -1).T + conv.bias.detach()
-    assert name == "weight"
+    assert set(names) == {"weight"}
+    assert len(parts) == (x.shape[0] if x.dim() == spatial + 2 else 1)
     assert torch.allclose(got, expected, atol=1e-5)
 
 

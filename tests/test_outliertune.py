@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import Tensor, nn
 
 import ocsquant
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
+from ocsquant.methods import ocs
 from ocsquant.methods.outliertune import input_transform, transformed_codes
 from ocsquant.nn import QuantizedLinear
 
@@ -179,3 +181,72 @@ def test_calibrated_scales_ride_through_state_dict_and_half():
 def test_recipe_round_trip():
     for recipe in RECIPES.values():
         assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+def split_inputs(**options) -> Activations:
+    return Activations(8, max_outliers=0, split=OCS(quantization_aware=False, **options))
+
+
+@pytest.mark.parametrize("scale", ["tensor", "token"])
+def test_a_split_input_is_copies_of_half_the_value(scale):
+    """Weights that lie on their grid: the layer with real copies, quantized, gives the same."""
+    torch.manual_seed(1)
+    x = torch.randn(40, 128)
+    x[:, 7] *= 20.0
+    layer = nn.Linear(128, 96, bias=False)
+    layer.weight.data = torch.randint(-126, 127, (96, 128)).float()
+    layer.weight.data[:, 0] = 127.0
+    layer.weight.data[:, 7] = torch.randint(-60, 61, (96,)).float()
+    recipe = Recipe(activations=dataclasses.replace(split_inputs(expand_ratio=1 / 128), scale=scale))
+    made = ocsquant.quantize(copy.deepcopy(layer), recipe, calibration=[x])
+    simulated = ocsquant.quantize(copy.deepcopy(layer), recipe, calibration=[x], simulate=True)
+    copied = torch.cat([x, x[:, 7:8]], 1)
+    copied[:, [7, 128]] /= 2
+    step = copied.abs().amax() / 127 if scale == "tensor" else copied.abs().amax(1, keepdim=True) / 127
+    expected = (copied / step).round() * step @ torch.cat([layer.weight, layer.weight[:, 7:8]], 1).T
+    tolerance = 1e-4 * float(expected.detach().abs().max())
+    assert torch.allclose(made(x), expected, atol=tolerance)
+    assert torch.allclose(made(x), simulated(x), atol=tolerance)
+    # Weights of the split channel that twice would leave the grid go to a tail column.
+    layer.weight.data[:, 7] = 100.0
+    wide = ocsquant.quantize(copy.deepcopy(layer), recipe, calibration=[x])
+    assert wide.tail_index.tolist() == [7]
+    assert torch.allclose(wide.weight, layer.weight, rtol=1e-4)
+
+
+def test_split_channels_are_those_with_outliers():
+    torch.manual_seed(1)
+    x = torch.randn(400, 128)
+    x[:, 3] *= 6.0
+    x[::50, 90] *= 40.0  # rarely, but far out
+    layer = nn.Linear(128, 96)
+    with ocsquant.calibrate(layer) as seen:
+        layer(x)
+    counts = seen[""].outlier_counts
+    assert int(counts.argmax()) == 3
+    assert counts.sum() == pytest.approx(0.01 * seen[""].sample.numel(), rel=0.05)
+    exact = layer(x).detach()
+    errors = {}
+    for name, activations in {
+        "none": PerTensorStatic(8),
+        "counts": dataclasses.replace(split_inputs(expand_ratio=0.01), scale="tensor"),
+        "error": dataclasses.replace(split_inputs(expand_ratio=0.05, select="gain"), scale="tensor"),
+    }.items():
+        made = ocsquant.quantize(copy.deepcopy(layer), Recipe(activations=activations), calibration=seen)
+        errors[name] = float((made(x).detach() - exact).norm())
+        copies = 1.0 / made.input_inverse if made.input_inverse is not None else torch.ones(128)
+        chosen = {int(i) for i in (copies > 1.5 * copies.median()).nonzero()[:, 0]}
+        assert chosen == {"none": set(), "counts": {3, 90}, "error": {90}}[name]
+    assert errors["error"] < 0.7 * errors["none"]
+    assert Recipe.from_json(Recipe(activations=split_inputs(expand_ratio=0.1)).to_json()).activations == split_inputs(
+        expand_ratio=0.1
+    )
+
+
+def test_predicted_error_stops_the_splitting():
+    """Two channels alike: splitting one of them alone gains nothing."""
+    reach = torch.tensor([10.0, 10.0, 1.0, 1.0])
+    power = torch.tensor([1.0, 1.0, 50.0, 50.0])
+    assert ocs.plan_by_error(reach, power, 1, 8).copies.tolist() == [1, 1, 1, 1]
+    assert ocs.plan_by_error(reach, power, 2, 8).copies.tolist() == [2, 2, 1, 1]
+    assert ocs.plan_by_error(reach, power, 9, 2).copies.tolist() == [2, 2, 1, 1]

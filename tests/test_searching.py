@@ -9,7 +9,7 @@ from test_io import state_bytes
 from torch import nn
 
 import ocsquant
-from ocsquant import ArgumentError, Recipe, SplitQuant, Weights
+from ocsquant import OCS, ArgumentError, Recipe, SplitQuant, Weights
 from ocsquant.searching import Option, Sensitivity, _choose
 
 
@@ -30,7 +30,7 @@ def measured() -> tuple[Model, list[torch.Tensor], Sensitivity]:
     torch.manual_seed(0)
     model, batches = Model(), [torch.randint(40, (4, 12)) for _ in range(3)]
     before, tensors = state_bytes(model), [*map(id, model.parameters())]
-    table = ocsquant.sensitivity(model, batches)
+    table = ocsquant.sensitivity(model, batches, simulate=True)
     assert state_bytes(model) == before
     assert [*map(id, model.parameters())] == tensors
     assert model.rnn._flat_weights[0] is model.rnn.weight_ih_l0
@@ -133,6 +133,7 @@ def test_own_candidates_filters_and_patterns():
         {"small": "W4A16", "book": Recipe(Weights(2, split=SplitQuant()), None)},
         ignore=["emb"],
         filter_fn=lambda module, path: path != "rnn",
+        simulate=True,
     )
     assert model.training
     assert set(table.options) == {"conv", "last", "aside"}
@@ -150,12 +151,62 @@ def test_wrong_requests(measured):
         ocsquant.search(model, table, 2.0)
     with pytest.raises(ArgumentError, match="candidates must be None with a Sensitivity"):
         ocsquant.search(model, table, 5.0, {"a": "W4A16"})
+    with pytest.raises(ArgumentError, match="ignore must be None with a Sensitivity"):
+        ocsquant.search(model, table, 5.0, ignore=["emb"])
+    with pytest.raises(ArgumentError, match="an expand_ratio"):
+        ocsquant.sensitivity(model, [], {"a": Recipe(Weights(8, split=OCS(max_overhead=0.1)))})
     with pytest.raises(ArgumentError, match="another model"):
         ocsquant.search(nn.Linear(64, 64), table, 5.0)
     with pytest.raises(ArgumentError, match="without overrides"):
         ocsquant.sensitivity(model, [], {"a": Recipe(ignore=("b",))})
     with pytest.raises(ocsquant.NotCalibratedError, match="no floating-point tensor"):
         ocsquant.sensitivity(Argmax(64, 64), [torch.randn(3, 64)])
+
+
+class Branches(nn.Module):
+    """One of two layers, by the input; what is masked is -inf; the input is changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.att = nn.Linear(64, 64), nn.Linear(64, 64), nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x.mul_(2.0)
+        y = self.a(x) if x.sum() > 0 else self.b(x)
+        y = y + self.att(y, y, y, need_weights=False)[0]
+        return torch.cat([y, torch.full_like(y, -torch.inf)], -1)
+
+
+def test_layers_that_only_some_batches_reach():
+    torch.manual_seed(0)
+    model, x = Branches(), torch.rand(3, 8, 64)
+    batches = [x.clone(), -x]
+
+    def linears(module: nn.Module, path: str) -> bool:
+        return isinstance(module, nn.Linear)
+
+    table = ocsquant.sensitivity(model, batches, filter_fn=linears)
+    assert torch.equal(batches[0], x)
+    assert all(0.2 < table.importance[path] < 5.0 for path in ("a", "b"))
+    assert set(table.options) == {"a", "b", "att.out_proj"}
+    recipe = ocsquant.search(model, table, 9.0)
+    assert recipe.ignore is None
+    made = ocsquant.quantize(model, recipe, calibration=batches)
+    assert sum(line.kernel is not None for line in ocsquant.report(made).layers) == 3
+
+
+def test_what_quantize_would_leave_float_does_not_count():
+    model = nn.ModuleDict({"lstm": nn.LSTM(64, 64), "linear": nn.Linear(64, 64)})
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = model
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return model["linear"](model["lstm"](x)[0])
+
+    assert set(ocsquant.sensitivity(Both(), [torch.randn(5, 2, 64)]).options) == {"parts.linear"}
 
 
 class Argmax(nn.Linear):

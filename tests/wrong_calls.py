@@ -108,6 +108,12 @@ TOGETHER: list[tuple[str, Callable[[], Any]]] = [
     ("split", lambda: Weights(bits=4, codebook="nf4", split=OCS(0.1))),
     ("ranges", lambda: SplitQuant(clusters="row")),
     ("boundaries", lambda: SplitQuant(parts=2, boundaries="optimal")),
+    ("split", lambda: Activations(scale="channel", split=OCS(0.1, quantization_aware=False))),
+    ("split", lambda: Activations(smooth_alpha=0.5, split=OCS(0.1, quantization_aware=False))),
+    (
+        "activations",
+        lambda: Recipe(Weights(split=OCS(0.1)), Activations(split=OCS(0.1, quantization_aware=False))),
+    ),
     ("max_overhead", lambda: OCS(expand_ratio=0.1, max_overhead=0.1)),
 ]
 
@@ -170,6 +176,7 @@ CASES = {
             "outlier_threshold": {"range": 1.0, "above": 2e6},
             "scale": {"range": "row"},
             "smooth_alpha": {"range": 2.0, "below": -1.0},
+            "split": {"range": OCS(0.1), "halving": OCS(0.1, shares="halving", quantization_aware=False)},
         },
     ),
     "PerTensorStatic": Case(

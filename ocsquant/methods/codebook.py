@@ -12,6 +12,7 @@ from ocsquant.methods.grid import QuantizedWeight, blocked, group_length, quanti
 
 LEVEL_LIMIT = 127  # the largest level: the largest magnitude of a block is 127 steps
 ITERATIONS = 60
+FITTED = 1 << 22  # of more weights, evenly spread ones
 # Dettmers et al. 2023 (QLoRA, arXiv 2305.14314), appendix E: quantiles of a normal distribution, an exact zero.
 NF4 = (
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
@@ -83,5 +84,7 @@ def quantize_codebook(
         return quantize_levels(w, nf4_levels(), scale, bits, size)
     steps = scale[:, torch.arange(k) // size]
     weight = steps.square() if moments is None else steps.square() * moments
-    levels = as_levels(kmeans((w / steps).reshape(1, -1), 2**bits, weight.reshape(1, -1)))
+    every = w.numel() // FITTED + 1
+    units, weight = (t.reshape(1, -1)[:, ::every] for t in (w / steps, weight))
+    levels = as_levels(kmeans(units, 2**bits, weight))
     return quantize_levels(w, levels, scale, bits, size)

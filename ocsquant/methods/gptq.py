@@ -12,6 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
 
 BLOCK = 128
@@ -52,7 +53,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     mean = float(diagonal.mean())
     added = damping * mean if mean > 0 else 1.0
     identity = torch.eye(hessian.shape[0], dtype=hessian.dtype)
-    while True:
+    while added < float("inf"):
         lower, failed = torch.linalg.cholesky_ex(hessian + added * identity)
         if not failed:
             inverse = torch.cholesky_inverse(lower)
@@ -60,3 +61,4 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             if not failed:
                 return upper.float()
         added *= 10.0  # inputs that span far fewer directions than there are channels
+    raise ArgumentError("hessian", "finite numbers", "NaN or Inf")

@@ -75,6 +75,34 @@ def plan_largest(largest: Tensor, splits: int, shares: str = "equal", limit: int
     return SplitPlan(torch.tensor(copies, dtype=torch.int32), shares)
 
 
+def plan_by_counts(counts: Tensor, splits: int) -> SplitPlan:
+    """The paper's choice for activations: the `splits` channels with the most outliers, each in two."""
+    copies = torch.ones(counts.numel(), dtype=torch.int32)
+    chosen = counts.argsort(descending=True, stable=True)[:splits]
+    copies[chosen[counts[chosen] > 0]] = 2
+    return SplitPlan(copies)
+
+
+def plan_by_error(reach: Tensor, power: Tensor, splits: int, limit: int) -> SplitPlan:
+    """As many of the largest channels, at most `splits`, as leave the smallest predicted error of the output.
+
+    reach: [channels], the largest |x| of each; power: the squared norm of its weights. Channel k in n_k copies is
+    rounded with step n_k s, s following the largest copy: the error is that of sum_k (n_k s)^2 power_k.
+    """
+    copies = torch.ones(reach.numel(), dtype=torch.int32)
+    best, best_error = copies, torch.inf
+    for step in range(splits + 1):
+        share = reach.double() / copies
+        error = float(share.max().square() * (copies.double().square() * power.double()).sum())
+        if error < best_error:
+            best, best_error = copies.clone(), error
+        channel = int(share.argmax())
+        if step == splits or copies[channel] == limit:
+            break
+        copies[channel] += 1
+    return SplitPlan(best)
+
+
 def splits_by_gain(
     magnitude: Tensor, bits: int, granularity: str, group_size: int, clip: str, limit: int
 ) -> Iterator[tuple[int, float]]:

@@ -27,6 +27,7 @@ class InputTransform:
     inverse: Tensor
     shift: Tensor | None
     dynamic: bool
+    copies: Tensor | None = None  # int32 [k], of a split input: the weight's channels have as wide a range
 
     def scale(self) -> Tensor:
         return 1.0 / self.inverse
@@ -44,30 +45,37 @@ class InputTransform:
 
 
 def input_transform(
-    low: Tensor, high: Tensor, weight: Tensor, bits: int, scale: str, alpha: float | None, shift: bool
+    low: Tensor,
+    high: Tensor,
+    weight: Tensor,
+    bits: int,
+    scale: str,
+    alpha: float | None,
+    shift: bool,
+    copies: Tensor | None = None,
 ) -> InputTransform:
     """From the calibrated range low..high of each channel, float32 [k], and the float32 weight [n, k].
 
     scale "channel": s_k = m_k t with m_k = r_k^alpha / max_j|W_jk|^(1 - alpha) and t = max_k(r_k / m_k) / Q, r_k the
     largest magnitude after the shift; alpha = 1 gives OutlierTune's s_k = r_k / Q. "tensor": the same, m_k = 1 where no
-    alpha is given. "token": s_k = m_k over its median.
+    alpha is given. "token": s_k = m_k over its median. With `copies` m_k is their number.
     """
     middle = (low.double() + high.double()) / 2 if shift else torch.zeros_like(low.double())
     reach = torch.maximum(high - middle, middle - low).clamp(min=0.0)
     if alpha is None and scale == "channel":
         alpha = 1.0
-    factor = torch.ones_like(reach)
+    factor = torch.ones_like(reach) if copies is None else copies.double()
     if alpha is not None:
         largest = weight.double().abs().amax(0)
         largest = largest.clamp(min=_floor(largest))
         factor = reach.clamp(min=_floor(reach)) ** alpha / largest ** (1 - alpha)
         factor = factor.clamp(min=_floor(factor))
-    step = factor / factor.median()
+    step = factor / factor.median() if copies is None else factor
     if scale != "token":
         t = float((reach / factor).max()) / code_limit(bits)
         step = factor * (t if t > 0 else 1.0)
     step = step.clamp(min=SMALLEST_SCALE, max=1 / SMALLEST_SCALE)
-    return InputTransform((1.0 / step).float(), middle.float() if shift else None, scale == "token")
+    return InputTransform((1.0 / step).float(), middle.float() if shift else None, scale == "token", copies)
 
 
 def _floor(values: Tensor) -> float:

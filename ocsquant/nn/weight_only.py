@@ -218,7 +218,7 @@ class WeightOnlyEmbeddingBag(_Rows):
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         ids = input.reshape(-1)
-        rows, at, padding = self.look_up(ids), torch.arange(ids.numel()), None
+        rows, at, padding = self.look_up(ids), torch.arange(ids.numel(), device=ids.device), None
         if self.padding_idx is not None:  # one row more stands for what is to be left out
             rows, padding = torch.cat([rows, rows.new_zeros(1, self.embedding_dim)]), ids.numel()
             at = torch.where(ids == self.padding_idx, padding, at)
