@@ -15,7 +15,8 @@ import pytest
 import torch
 from networks import snapshot
 from torch import nn
-from wrong_calls import CASES, MODEL, QUANTIZED, SEEN, TOGETHER, Case, Wrong, tensor
+from wrong_calls import CASES, MODEL, QUANTIZED, SEEN, TOGETHER
+from wrong_operator_calls import Case, Wrong, tensor
 
 import ocsquant
 from ocsquant import ArgumentError, ArgumentTypeError, Recipe, ops
