@@ -136,10 +136,11 @@ def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> b
     names = [name for name in new.tensors if name != "bias" and new._buffers[name] is not None]
     if type(first) is not type(new) or first.settings() != new.settings():
         return False
-    ours, theirs = ([m._buffers[name] for name in names] for m in (new, first))
-    if not all(b is not None and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)):  # type: ignore[arg-type]
-        return False
-    new._buffers.update(zip(names, theirs, strict=True))
+    for name in names:
+        ours, theirs = new._buffers[name], first._buffers[name]
+        if ours is None or theirs is None or not torch.equal(ours, theirs):
+            return False
+    new._buffers.update({name: first._buffers[name] for name in names})
     return True
 
 

@@ -123,5 +123,6 @@ def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check((tail is None) == (e == 0), "tail and tail_index go together")
     check(tail is None or (tail.dtype == torch.int8 and tail.shape == (n, e)), f"tail must be int8 {[n, e]}")
     names = ("packed", "scale", "zero", "levels", "tail", "tail_index")
-    stored = StoredWeight(torch.Size(shape), bits, size, **{name: t.get(name) for name in names})  # type: ignore[arg-type]
+    tensors: dict[str, Any] = {name: t.get(name) for name in names}
+    stored = StoredWeight(torch.Size(shape), bits, size, **tensors)
     return FORMS[origin](old, stored, t.get("bias"))
