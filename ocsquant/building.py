@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ocsquant.config import Recipe
 from ocsquant.layers import (
     Matrix,
-    matrices,
     plan_from,
     plan_splits,
     quantize_matrix,
@@ -34,6 +33,7 @@ from ocsquant.nn import (
     SplitConv,
     SplitLinear,
     StoredWeight,
+    form_of,
 )
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
@@ -81,7 +81,7 @@ def _build_target(
     integer = not simulate and recipe.weights.bits is not None
     notes = list(target.notes)
     parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
-    for matrix in _matrices(target):
+    for matrix in target.matrices():
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
         if target.transform is not None and target.transform.copies is not None:
             plan = ocs.SplitPlan(target.transform.copies)
@@ -110,18 +110,10 @@ def _build_target(
     return new, layer
 
 
-def _matrices(target: Target) -> Iterator[Matrix]:
-    """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
-    for matrix in matrices(target.source, target.path):
-        values = matrix.values if target.transform is None else matrix.values * target.transform.scale()
-        moments, hessian = target.moments.get(matrix.name), target.hessians.get(matrix.name)
-        yield dataclasses.replace(matrix, values=values, moments=moments, hessian=hessian)
-
-
 def _build_integer(module: nn.Module, weight: QuantizedWeight, target: Target) -> Quantized:
     activations, transform = target.recipe.activations, target.transform
     if activations is None:
-        form = FORMS[next(name for name in FORMS if isinstance(module, getattr(nn, name)))]
+        form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]
         return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
     assert isinstance(module, nn.Linear)
@@ -256,7 +248,7 @@ def _share_budget(targets: list[Target]) -> dict[int, dict[str, ocs.SplitPlan]]:
 
 
 def _spend(members: list[Target], recipe: Recipe, overhead: float) -> Iterator[tuple[Target, Matrix, list[int]]]:
-    parts = [(target, matrix) for target in members for matrix in _matrices(target)]
+    parts = [(target, matrix) for target in members for matrix in target.matrices()]
     chosen: list[list[int]] = [[] for _ in parts]
     seen: list[set[int]] = [set() for _ in parts]
     orders = []

@@ -74,3 +74,8 @@ class SchemaMismatchError(CheckpointError):
 
 class BuildMismatchError(Error, ImportError):
     """The compiled library is missing, or a second copy of it is in this process."""
+
+
+def first_few(paths: list[str]) -> str:
+    """Paths for a message, the first five of them."""
+    return ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")

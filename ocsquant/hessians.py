@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ocsquant.errors import ArgumentError, NotCalibratedError
+from ocsquant.errors import ArgumentError, NotCalibratedError, first_few
 from ocsquant.inputs import columns, run_batches, statistics_key, watch
 from ocsquant.layers import weight_names
 from ocsquant.methods.outliertune import InputTransform
@@ -15,7 +15,6 @@ from ocsquant.observers import InputStatistics, Statistics, check_batches, check
 from ocsquant.planning import Target
 
 MEMORY = 256 * 2**20  # bytes of Hessians held at a time, or those of one layer where they are more
-UNSEEN = "attention reads it past its forward, so calibration cannot see its input"
 
 
 def unseen_by_design(model: nn.Module, target: Target) -> str | None:
@@ -23,7 +22,7 @@ def unseen_by_design(model: nn.Module, target: Target) -> str | None:
     if target.kind == "embedding":
         return "an embedding has no input to calibrate"
     if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
-        return UNSEEN
+        return "attention reads it past its forward, so calibration cannot see its input"
     return None
 
 
@@ -42,16 +41,16 @@ def attach_moments(model: nn.Module, targets: list[Target], statistics: Statisti
             if seen is None or seen.count == 0:
                 missing.append(target.path)
                 break
-            _check_width(target, name, seen)
+            check_width(target, name, seen)
             target.moments[name] = _by_output(target.source, second_moments(seen, target.transform))
     if missing:
         raise NotCalibratedError(
-            f"calibration must show the inputs of {len(missing)} layers whose clip is 'output': "
-            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}"
+            f"calibration must show the inputs of {len(missing)} layers whose clip is 'output': {first_few(missing)}"
         )
 
 
-def _check_width(target: Target, name: str, seen: InputStatistics) -> None:
+def check_width(target: Target, name: str, seen: InputStatistics) -> None:
+    """Raise ArgumentError for statistics of another layer's inputs."""
     expected = getattr(target.source, name).shape[1] * getattr(target.source, "groups", 1)
     if seen.total.numel() != expected:
         key = statistics_key(target.path, name)
@@ -150,9 +149,7 @@ def _collect(model: nn.Module, asking: dict[str, Target], batches: Iterable[Any]
             check_finite(hessian, f"the squares of {statistics_key(path, name) or 'the model'}'s inputs")
     unseen = [path for path, target in asking.items() if not target.hessians]
     if unseen:
-        raise NotCalibratedError(
-            f"calibration reached none of these layers: {', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
-        )
+        raise NotCalibratedError(f"calibration reached none of these layers: {first_few(unseen)}")
 
 
 def repeatable(batches: Any) -> Any:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ocsquant.config import OCS, Activations, Recipe, Weights
-from ocsquant.errors import ArgumentError, NotCalibratedError
-from ocsquant.hessians import second_moments, unseen_by_design
+from ocsquant.errors import NotCalibratedError, first_few
+from ocsquant.hessians import check_width, second_moments, unseen_by_design
 from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, range_limit
 from ocsquant.methods import ocs
 from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
@@ -38,9 +38,7 @@ def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statis
         else:
             unseen.append(target.path)
     if unseen:
-        raise NotCalibratedError(
-            f"calibration reached none of these layers: {', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
-        )
+        raise NotCalibratedError(f"calibration reached none of these layers: {first_few(unseen)}")
 
 
 def _asks(recipe: Recipe) -> bool:
@@ -51,9 +49,7 @@ def _fix(target: Target, seen: InputStatistics) -> None:
     a = target.recipe.activations
     assert a is not None
     (matrix,) = matrices(target.source, target.path)
-    if seen.total.numel() != matrix.channels:
-        expected = f"statistics in which '{target.path}' has {matrix.channels} channels"
-        raise ArgumentError("calibration", expected, seen.total.numel())
+    check_width(target, matrix.name, seen)
     if seen.count == 0 or not (seen.minimum.isfinite() & seen.maximum.isfinite()).all():
         raise NotCalibratedError(f"calibration saw no input of '{target.path}'")
     if a.scale == "channel":

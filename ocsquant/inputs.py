@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,34 +58,41 @@ def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
     A mapping calls model(**batch), a tuple or list model(*batch), anything else model(batch). Raises ArgumentError
     where there is no batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
     count = 0
-    try:
-        model.eval()
-        with torch.no_grad():
-            for given in batches:
-                count += 1
-                batch = fresh(given)
-                if isinstance(batch, Mapping):
-                    model(**batch)
-                elif isinstance(batch, (tuple, list)):
-                    model(*batch)
-                else:
-                    model(batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            count += 1
+            args, kwargs = arguments(batch)
+            model(*args, **kwargs)
     if count == 0:
         raise ArgumentError("calibration", "an iterable of at least one batch", "an empty one")
 
 
-def fresh(batch: Any) -> Any:
-    """A batch whose tensors are copies: a model may change its inputs, and sees them again."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def arguments(batch: Any) -> tuple[Sequence[Any], dict[str, Any]]:
+    """What a model is called with for a batch. Tensors are copies: it may change them, and gets them again."""
     if isinstance(batch, Mapping):
-        return {key: fresh(value) for key, value in batch.items()}
-    return type(batch)(map(fresh, batch)) if type(batch) in (list, tuple) else batch
+        return (), {key: _copied(value) for key, value in batch.items()}
+    return [_copied(value) for value in batch] if isinstance(batch, (tuple, list)) else (_copied(batch),), {}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: _copied(v) for key, v in value.items()}
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def statistics_key(path: str, weight: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -14,7 +15,7 @@ from ocsquant.config import OCS, SplitQuant, Weights
 from ocsquant.errors import NonFiniteError
 from ocsquant.methods import ocs
 from ocsquant.methods.codebook import quantize_codebook
-from ocsquant.methods.gptq import gptq
+from ocsquant.methods.gptq import InverseFactor, gptq, inverse_factor
 from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, quantize_weight
 from ocsquant.methods.splitquant import quantize_splitquant
 
@@ -36,6 +37,12 @@ class Matrix:
     positions: int
     moments: Tensor | None = None  # float32 [1 or outputs, channels], second ones of its inputs
     hessian: Tensor | None = None  # float32 [columns, columns], of its inputs
+
+    @cached_property
+    def inverse_factor(self) -> InverseFactor:
+        """Of the Hessian, for GPTQ."""
+        assert self.hessian is not None
+        return inverse_factor(self.hessian)
 
     def magnitude(self) -> Tensor:
         """[outputs, channels]: the largest |w| over a kernel's positions."""
@@ -114,7 +121,7 @@ def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None
     """The codes of one weight, clipped after splitting."""
     grid = _nearest(matrix, weights, plan)
     if weights.rounding == "gptq" and matrix.hessian is not None:
-        return gptq(matrix.values, grid, matrix.hessian)
+        return gptq(matrix.values, grid, matrix.inverse_factor)
     return grid
 
 

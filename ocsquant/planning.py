@@ -7,7 +7,7 @@ import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -17,9 +17,9 @@ from torch.nn.parameter import is_lazy
 
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
-from ocsquant.layers import KINDS, kind_of, weight_names
+from ocsquant.layers import KINDS, Matrix, kind_of, matrices, weight_names
 from ocsquant.methods.outliertune import InputTransform
-from ocsquant.nn import FORMS, Quantized, QuantizedMultiheadAttention
+from ocsquant.nn import Quantized, QuantizedMultiheadAttention, form_of
 from ocsquant.nn.attention import unsupported
 
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
@@ -51,6 +51,13 @@ class Target:
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the inputs of each weight, for clip "output"
     hessians: dict[str, Tensor] = field(default_factory=dict)  # the same for rounding "gptq", while it is built
     notes: list[str] = field(default_factory=list)
+
+    def matrices(self) -> Iterator[Matrix]:
+        """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
+        for matrix in matrices(self.source, self.path):
+            values = matrix.values if self.transform is None else matrix.values * self.transform.scale()
+            moments, hessian = self.moments.get(matrix.name), self.hessians.get(matrix.name)
+            yield replace(matrix, values=values, moments=moments, hessian=hessian)
 
 
 @dataclass
@@ -288,7 +295,7 @@ def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -
 
 def _storage_problem(module: nn.Module, recipe: Recipe, named: bool) -> str | None:
     """Why the weight of this layer cannot be stored in fewer bits, or why that would save nothing worth it."""
-    if not any(isinstance(module, getattr(nn, name)) for name in FORMS):
+    if form_of(module) is None:
         return f"no weight-only form for {type(module).__name__} yet: use simulate=True for its accuracy"
     if getattr(module, "max_norm", None) is not None:
         return "its max_norm changes the weight as it runs"

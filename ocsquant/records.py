@@ -11,14 +11,12 @@ from ocsquant import ops
 from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import packed_shape
-from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight
+from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
 
 
 def kind_of_layer(module: nn.Module) -> str | None:
     """The name of the torch module that a layer is or was; None for anything without a quantized form."""
-    if isinstance(module, Quantized):
-        return module.origin
-    return next((name for name in FORMS if isinstance(module, getattr(nn, name))), None)
+    return module.origin if isinstance(module, Quantized) else form_of(module)
 
 
 class Check:
@@ -122,7 +120,6 @@ def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     e = check.index(t.get("tail_index"), k)
     check((tail is None) == (e == 0), "tail and tail_index go together")
     check(tail is None or (tail.dtype == torch.int8 and tail.shape == (n, e)), f"tail must be int8 {[n, e]}")
-    names = ("packed", "scale", "zero", "levels", "tail", "tail_index")
-    tensors: dict[str, Any] = {name: t.get(name) for name in names}
+    tensors: dict[str, Any] = {name: t.get(name) for name in WeightOnly.tensors}
     stored = StoredWeight(torch.Size(shape), bits, size, **tensors)
     return FORMS[origin](old, stored, t.get("bias"))

@@ -18,8 +18,8 @@ from torch.func import functional_call
 from ocsquant.config import Recipe, Weights, as_recipe, check_number, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NonFiniteError, NotCalibratedError
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
-from ocsquant.inputs import fresh, watch
-from ocsquant.layers import Matrix, kind_of, matrices, plan_splits, quantize_matrix, stored_bytes
+from ocsquant.inputs import arguments, evaluating, watch
+from ocsquant.layers import Matrix, kind_of, plan_splits, quantize_matrix, stored_bytes, weight_names
 from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.observers import statistics_of
 from ocsquant.planning import EXCLUDED, Target, make_plan, merge_request
@@ -118,7 +118,7 @@ def sensitivity(
             options[target.path], middle, own = _options(target, chosen)
             error = probe.harm(target.path, middle)
             importance[target.path] = error / own if own > 0 else 0.0
-    weights = {t.path: sum(m.values.numel() for m in matrices(t.source, t.path)) for t in plan.targets}
+    weights = {t.path: sum(getattr(t.source, n).numel() for n in weight_names(t.source)) for t in plan.targets}
     modules = dict(model.named_modules())
     excluded = [path for path, _, why in plan.skipped if why == EXCLUDED and kind_of(modules[path]) is not None]
     return Sensitivity(options, weights, importance, chosen, (*(ignore or ()), *excluded))
@@ -226,26 +226,25 @@ def _candidates(candidates: Mapping[str, Recipe | str] | None) -> dict[str, Reci
 def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, Option], dict[str, Tensor], float]:
     """Every candidate on one layer; the float weights that the one of middle error makes, and that error."""
     found: dict[str, Option] = {}
-    made: dict[str, list[tuple[Matrix, QuantizedWeight]]] = {}
+    made: dict[str, list[QuantizedWeight]] = {}
+    own = list(target.matrices())
+    power = sum(_power(matrix.values, matrix) for matrix in own)
     for name, recipe in candidates.items():
-        stored, lost, power = 0, 0.0, 0.0
+        stored, lost = 0, 0.0
         made[name] = []
-        for matrix in matrices(target.source, target.path):
-            moments, hessian = target.moments.get(matrix.name), target.hessians.get(matrix.name)
-            known = dataclasses.replace(matrix, moments=moments, hessian=hessian)
-            split = plan_splits(known, recipe.weights) if target.kind != "embedding" else None
-            quantized = quantize_matrix(known, recipe.weights, split)
+        for matrix in own:
+            split = plan_splits(matrix, recipe.weights) if target.kind != "embedding" else None
+            quantized = quantize_matrix(matrix, recipe.weights, split)
             stored += stored_bytes(quantized, split, matrix.positions)
-            lost += _power(quantized.dequantize() - matrix.values, known)
-            power += _power(matrix.values, known)
-            made[name].append((matrix, quantized))
+            lost += _power(quantized.dequantize() - matrix.values, matrix)
+            made[name].append(quantized)
         found[name] = Option(stored, lost / power if power > 0 else 0.0)
     middle = sorted(found, key=lambda name: found[name].error)[len(found) // 2]
     changed = {
         f"{target.path}.{matrix.name}".lstrip("."): quantized.dequantize()
         .reshape(matrix.shape)
         .to(target.source._parameters[matrix.name].dtype)  # type: ignore[union-attr]
-        for matrix, quantized in made[middle]
+        for matrix, quantized in zip(own, made[middle], strict=True)
     }
     return found, changed, found[middle].error
 
@@ -263,19 +262,9 @@ def _power(w: Tensor, matrix: Matrix) -> float:
 
 def _outputs(model: nn.Module, changed: dict[str, Tensor], batch: Any) -> list[Tensor]:
     """The floating-point tensors of the model's output on one batch, with other weights."""
-    modes = [(module, module.training) for module in model.modules()]
-    args, kwargs, batch = (), {}, fresh(batch)
-    if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    else:
-        args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
-    try:
-        model.eval()
-        output = functional_call(model, changed, args, kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    found = _floats(output)
+    args, kwargs = arguments(batch)
+    with evaluating(model):
+        found = _floats(functional_call(model, changed, tuple(args), kwargs))
     if not found:
         raise NotCalibratedError(f"the output of {type(model).__name__} holds no floating-point tensor to compare")
     return found

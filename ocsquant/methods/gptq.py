@@ -8,6 +8,7 @@ second moments of their inputs ("act-order"), with groups where they are.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,20 +20,32 @@ BLOCK = 128
 DAMPING = 0.01  # share of the mean second moment added to the diagonal
 
 
-def gptq(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float = DAMPING) -> QuantizedWeight:
+@dataclass(frozen=True)
+class InverseFactor:
+    """order: int64 [k], the columns by falling second moment; upper: triangular float32 [k, k] in that order, U with
+    U^T U the inverse of the damped Hessian."""
+
+    order: Tensor
+    upper: Tensor
+
+
+def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> InverseFactor:
+    """Of a float32 [k, k] Hessian, the sum of u u^T over a layer's inputs u (any factor)."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    return InverseFactor(order, _upper(hessian[order][:, order].double(), damping))
+
+
+def gptq(w: Tensor, grid: QuantizedWeight, factor: InverseFactor) -> QuantizedWeight:
     """The weight [n, k] with codes chosen for the least squared error of the layer's output.
 
-    hessian: float32 [k, k], the sum of u u^T over the layer's inputs u (any factor). A channel whose input is always
-    zero keeps its nearest code.
+    A channel whose input is always zero keeps its nearest code.
     """
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    columns = order.tolist()
-    upper = _inverse_factor(hessian[order][:, order].double(), damping)
-    rest = w[:, order].clone()
+    columns, upper = factor.order.tolist(), factor.upper
+    rest = w[:, factor.order].clone()
     codes = grid.codes.clone()
     for first in range(0, len(columns), BLOCK):
         last = min(first + BLOCK, len(columns))
-        block, factor = rest[:, first:last], upper[first:last, first:last]
+        block, own = rest[:, first:last], upper[first:last, first:last]
         errors = torch.empty_like(block)
         for i in range(last - first):
             column = columns[first + i]
@@ -40,15 +53,14 @@ def gptq(w: Tensor, grid: QuantizedWeight, hessian: Tensor, damping: float = DAM
             value = block[:, i : i + 1]
             code = grid.encode(value, group, grid.ranges[column])
             codes[:, column] = code[:, 0].to(torch.int16)
-            error = (value - grid.decode(code, group)) / factor[i, i]
-            block[:, i + 1 :].addmm_(error, factor[i : i + 1, i + 1 :], alpha=-1.0)
+            error = (value - grid.decode(code, group)) / own[i, i]
+            block[:, i + 1 :].addmm_(error, own[i : i + 1, i + 1 :], alpha=-1.0)
             errors[:, i] = error[:, 0]
         rest[:, last:].addmm_(errors, upper[first:last, last:], alpha=-1.0)
     return dataclasses.replace(grid, codes=codes)
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper triangular float32 U with U^T U the inverse of the damped Hessian."""
+def _upper(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     mean = float(diagonal.mean())
     added = damping * mean if mean > 0 else 1.0

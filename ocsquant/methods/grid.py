@@ -7,6 +7,7 @@ split); with a zero point clamp(rint(w * (1 / scale)) + zero, 0, 2^bits - 1); wi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,19 +47,19 @@ class QuantizedWeight:
 
     def encode(self, w: Tensor, group: int, ranges: Tensor) -> Tensor:
         """Whole float32 codes [n, m] of values [n, m] of one group, on this weight's grid; ranges: [m]."""
-        units = w * (1.0 / self.scale[:, group])[:, None]
+        scale = self.scale[:, group, None]
         if self.levels is not None:
-            return nearest_level(units, self.levels).float()
+            return nearest_level(w * (1.0 / scale), self.levels).float()
         if self.zero is not None:
-            return units.round_().add_(self.zero[:, group, None]).clamp_(0, 2**self.bits - 1)
-        limit = ranges * float(code_limit(self.bits))
-        return units.round_().clamp_(-limit, limit)
+            return _uniform_codes(w, scale, self.zero[:, group, None], 2**self.bits - 1)
+        return _uniform_codes(w, scale, None, ranges * float(code_limit(self.bits)))
 
     def decode(self, codes: Tensor, group: int) -> Tensor:
         """float32 [n, m], what codes of one group stand for."""
-        return (self._numbers(codes) - (0.0 if self.zero is None else self.zero[:, group, None])) * self.scale[
-            :, group, None
-        ]
+        numbers = self._numbers(codes)
+        if self.zero is not None:
+            numbers = numbers - self.zero[:, group, None]
+        return numbers * self.scale[:, group, None]
 
     def _numbers(self, codes: Tensor) -> Tensor:
         return codes.float() if self.levels is None else _look_up(self.levels, codes).float()
@@ -129,9 +130,14 @@ def quantize_weight(
     if step_threshold is None:
         step_threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor", weighing)
     scale = usable_scale(step_threshold.float() / limit)
-    codes = (blocked(w, size) * (1.0 / scale)[:, :, None]).round_()
-    codes = codes.clamp_(-wide * limit, wide * limit).reshape(n, -1)[:, :k]
+    codes = _uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit).reshape(n, -1)[:, :k]
     return QuantizedWeight(codes.to(torch.int16), scale, None, ranges, bits, size)
+
+
+def _uniform_codes(w: Tensor, scale: Tensor, zero: Tensor | None, limit: Any) -> Tensor:
+    """Whole float32 codes, scale and zero broadcast over w: within +-limit, or with zero points in 0..limit."""
+    codes = (w * (1.0 / scale)).round_()
+    return codes.clamp_(-limit, limit) if zero is None else codes.add_(zero).clamp_(0, limit)
 
 
 def group_length(k: int, granularity: str, group_size: int) -> int:
@@ -147,9 +153,8 @@ def _quantize_asymmetric(
     low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
     low, high = clip_range(blocks, low, high, bits, clip, moments)
     scale = usable_scale((high - low) / (2**bits - 1))
-    inverse = 1.0 / scale
-    zero = (-low * inverse).round_()
-    codes = (blocks * inverse[:, :, None]).round_().add_(zero[:, :, None]).clamp_(0, 2**bits - 1)
+    zero = (-low * (1.0 / scale)).round_()
+    codes = _uniform_codes(blocks, scale[:, :, None], zero[:, :, None], 2**bits - 1)
     return QuantizedWeight(codes.reshape(n, -1)[:, :k].to(torch.int16), scale, zero, ranges, bits, size)
 
 

@@ -5,7 +5,7 @@ from ocsquant.nn.linear import QuantizedLinear
 from ocsquant.nn.quantized import Quantized
 from ocsquant.nn.simulated import FakeQuantizeInput
 from ocsquant.nn.split import SplitConv, SplitLinear
-from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly
+from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
 
 __all__ = [
     "FORMS",
@@ -17,4 +17,5 @@ __all__ = [
     "SplitLinear",
     "StoredWeight",
     "WeightOnly",
+    "form_of",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ocsquant import ops
@@ -243,3 +243,8 @@ FORMS: dict[str, type[WeightOnlyLinear | WeightOnlyConv | WeightOnlyEmbedding | 
     "Embedding": WeightOnlyEmbedding,
     "EmbeddingBag": WeightOnlyEmbeddingBag,
 }
+
+
+def form_of(module: nn.Module) -> str | None:
+    """The key in `FORMS` of a torch module; None for one without a weight-only form."""
+    return next((name for name in FORMS if isinstance(module, getattr(nn, name))), None)
