@@ -68,13 +68,18 @@ def start(args: argparse.Namespace) -> int:
     return args.repetitions or (9 if args.short else 31)
 
 
-def interleave(calls: dict[str, Call], repetitions: int, block: float = BLOCK) -> dict[str, list[float]]:
-    """Seconds per call of each competitor, one entry per visit; entries of the same index were taken side by side."""
+def interleave(
+    calls: dict[str, Call], repetitions: int, block: float = BLOCK, training: bool = False
+) -> dict[str, list[float]]:
+    """Seconds per call of each competitor, one entry per visit; entries of the same index were taken side by side.
+
+    training: with gradients, and without the warming call, where a call is a long step that needs none.
+    """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     before = torch.backends.quantized.engine
     counts, times = {}, {name: [] for name in calls}
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(not training):
             for name, call in calls.items():
                 use_engine(call.engine)
                 call.run()
@@ -84,7 +89,8 @@ def interleave(calls: dict[str, Call], repetitions: int, block: float = BLOCK) -
             for _ in range(repetitions):
                 for name, call in calls.items():
                     use_engine(call.engine)
-                    call.run()  # back into the caches that the competitors have used since
+                    if not training:
+                        call.run()  # back into the caches that the competitors have used since
                     begin = clock()
                     for _ in range(counts[name]):
                         call.run()

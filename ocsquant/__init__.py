@@ -1,6 +1,6 @@
 """Quantize PyTorch networks for CPUs: `model = ocsquant.quantize(model)`."""
 
-from ocsquant import ops
+from ocsquant import ops, qat
 from ocsquant.config import (
     OCS,
     SCHEMES,
@@ -24,6 +24,7 @@ from ocsquant.errors import (
     NonFiniteError,
     NotCalibratedError,
     NothingToQuantizeError,
+    PenaltyError,
     SchemaMismatchError,
     TruncatedCheckpointError,
     UnsupportedModuleError,
@@ -53,6 +54,7 @@ __all__ = [
     "NotCalibratedError",
     "NothingToQuantizeError",
     "Option",
+    "PenaltyError",
     "PerChannelStatic",
     "PerTensorStatic",
     "PerToken",
@@ -70,6 +72,7 @@ __all__ = [
     "env",
     "load",
     "ops",
+    "qat",
     "quantize",
     "report",
     "save",

@@ -23,6 +23,7 @@ from ocsquant.layers import (
 )
 from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import (
     FORMS,
@@ -60,7 +61,7 @@ def build(
             _hook_input(new, target)
         changes.append(become(target.module, new))
         layers.append(layer)
-    layers += _redirect(model, plan, changes)
+    layers += redirect(model, {id(target.module) for target in plan.targets}, changes)
     layers += [_left(model, *entry) for entry in plan.skipped]
     return changes, layers
 
@@ -83,8 +84,8 @@ def _build_target(
     parts: list[tuple[Matrix, ocs.SplitPlan | None]] = []
     for matrix in target.matrices():
         plan = budget.get(matrix.name) or plan_splits(matrix, recipe.weights)
-        if target.transform is not None and target.transform.copies is not None:
-            plan = ocs.SplitPlan(target.transform.copies)
+        if target.copies is not None:
+            plan = ocs.SplitPlan(target.copies)
         if target.kind == "embedding" and recipe.weights.ocs is not None:
             plan = None
             notes.append("not split: an embedding has no input channels")
@@ -117,7 +118,7 @@ def _build_integer(module: nn.Module, weight: QuantizedWeight, target: Target) -
         float_weight: Tensor = module.weight  # type: ignore[assignment]
         return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
     assert isinstance(module, nn.Linear)
-    return QuantizedLinear.from_weight(weight, _bias(module, transform), activations, transform)
+    return QuantizedLinear.from_weight(weight, module, activations, transform)
 
 
 def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> bool:
@@ -136,14 +137,11 @@ def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> b
     return True
 
 
-def _bias(module: nn.Linear, transform: InputTransform | None) -> Tensor | None:
-    if transform is None or transform.shift is None:
-        return module.bias
-    return transform.folded_bias(module.weight.detach(), None if module.bias is None else module.bias.detach())
-
-
 def _build_simulated(
-    module: nn.Module, found: list[Matrix], quantized: list[QuantizedWeight], transform: InputTransform | None
+    module: nn.Module,
+    found: list[Matrix],
+    quantized: list[QuantizedWeight],
+    transform: InputTransform | ClippedInput | None,
 ) -> nn.Module:
     new = copy.copy(module)
     new.__dict__ = dict(module.__dict__)
@@ -151,12 +149,12 @@ def _build_simulated(
     for matrix, weight in zip(found, quantized, strict=True):
         old = module._parameters[matrix.name]
         assert old is not None
-        values = weight.dequantize() if transform is None else weight.dequantize() * transform.inverse
+        values = weight.dequantize() if transform is None else transform.unfold(weight.dequantize())
         values = values.reshape(matrix.shape).to(old.dtype)
         new._parameters[matrix.name] = nn.Parameter(values, requires_grad=old.requires_grad)
-    if transform is not None and transform.shift is not None:
+    if isinstance(transform, InputTransform) and transform.shift is not None:
         assert isinstance(module, nn.Linear)
-        bias = _bias(module, transform)
+        bias = transform.folded_bias(module.weight.detach(), None if module.bias is None else module.bias.detach())
         assert bias is not None
         new._parameters["bias"] = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
     if isinstance(new, nn.RNNBase):
@@ -209,9 +207,8 @@ def _describe(
     return layer
 
 
-def _redirect(model: nn.Module, plan: Plan, changes: list[Change]) -> list[Layer]:
-    """Keep attention and transformer layers from reading weights past the modules that now hold them."""
-    quantized = {id(target.module) for target in plan.targets}
+def redirect(model: nn.Module, quantized: set[int], changes: list[Change]) -> list[Layer]:
+    """Keep attention and transformer layers from reading weights past the modules that hold them, named by their id."""
     layers = []
     for path, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention) and id(module.out_proj) in quantized:

@@ -202,6 +202,8 @@ class Activations:
             of the weight stands for the copies. select "max" takes those with the most values above the layer's 99th
             percentile, as the paper does; "gain" as many as lower the predicted output error. For "token" and "tensor"
             without smooth_alpha; splitting quantization-aware is what max_outliers does, as the layer runs.
+        symmetric: False lets the range of "tensor" lie anywhere, with 0 on its grid and all 2^bits codes, for inputs of
+            one sign; with max_outliers 0 and nothing else.
     """
 
     bits: int = 8
@@ -211,6 +213,7 @@ class Activations:
     smooth_alpha: float | None = None
     shift: bool = False
     split: OCS | None = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         check_number("bits", self.bits, 2, 8, whole=True)
@@ -228,6 +231,10 @@ class Activations:
                 raise ArgumentError("split", expected, s)
             if self.scale == "channel" or self.smooth_alpha is not None:
                 raise ArgumentError("split", "None where channels have scales of their own", s)
+        check_type("symmetric", self.symmetric, bool, "True or False")
+        plain = self.scale == "tensor" and self.max_outliers == 0 and self.smooth_alpha is None and self.split is None
+        if not self.symmetric and (self.shift or not plain):
+            raise ArgumentError("symmetric", "True unless scale is 'tensor' and nothing else is asked for", False)
 
     @property
     def needs_calibration(self) -> bool:
@@ -239,12 +246,12 @@ def PerToken(bits: int = 8, max_outliers: int = 16, outlier_threshold: float = 4
     return Activations(bits, max_outliers, outlier_threshold)
 
 
-def PerTensorStatic(bits: int = 8, max_outliers: int = 0) -> Activations:
+def PerTensorStatic(bits: int = 8, max_outliers: int = 0, symmetric: bool = True) -> Activations:
     """One calibrated scale for a layer's input; up to `max_outliers` values a token beyond it are split, not clipped.
 
     Args: as of `Activations`.
     """
-    return Activations(bits, max_outliers, scale="tensor")
+    return Activations(bits, max_outliers, scale="tensor", symmetric=symmetric)
 
 
 def PerChannelStatic(

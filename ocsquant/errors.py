@@ -52,6 +52,10 @@ class NotCalibratedError(Error, ValueError):
     """A recipe needs to know a layer's inputs, and nothing was said of them; the text names the layers."""
 
 
+class PenaltyError(Error, RuntimeError):
+    """The kurtosis penalty of a training step is missing, or would count twice; the text says which."""
+
+
 class CheckpointError(Error, RuntimeError):
     """A file that cannot be loaded; the model was not touched."""
 

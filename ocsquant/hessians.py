@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from ocsquant.errors import ArgumentError, NotCalibratedError, first_few
 from ocsquant.inputs import columns, run_batches, statistics_key, watch
 from ocsquant.layers import weight_names
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
+from ocsquant.nn import QuantizedMultiheadAttention
 from ocsquant.observers import InputStatistics, Statistics, check_batches, check_finite
 from ocsquant.planning import Target
 
@@ -21,7 +23,8 @@ def unseen_by_design(model: nn.Module, target: Target) -> str | None:
     """Why no run of the model can show the input of this layer; None where it should have been seen."""
     if target.kind == "embedding":
         return "an embedding has no input to calibrate"
-    if isinstance(model.get_submodule(target.path.rpartition(".")[0]), nn.MultiheadAttention):
+    parent = model.get_submodule(target.path.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention) and not isinstance(parent, QuantizedMultiheadAttention):
         return "attention reads it past its forward, so calibration cannot see its input"
     return None
 
@@ -66,10 +69,12 @@ def _by_output(module: nn.Module, moments: Tensor) -> Tensor:
     return moments.reshape(groups, -1).repeat_interleave(outputs // groups, 0)
 
 
-def second_moments(seen: InputStatistics, transform: InputTransform | None) -> Tensor:
+def second_moments(seen: InputStatistics, transform: InputTransform | ClippedInput | None) -> Tensor:
     """float32 [channels]: the mean of the square of what the (folded) weight is multiplied with."""
     if transform is None:
         return seen.second_moment
+    if isinstance(transform, ClippedInput):
+        return transform.apply(seen.sample).square().mean(0)
     square, shift = seen.squares / seen.count, transform.shift
     if shift is not None:
         z = shift.double()

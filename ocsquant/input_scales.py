@@ -13,6 +13,7 @@ from ocsquant.errors import NotCalibratedError, first_few
 from ocsquant.hessians import check_width, second_moments, unseen_by_design
 from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, range_limit
 from ocsquant.methods import ocs
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
 from ocsquant.methods.tokens import quantize_tokens
 from ocsquant.observers import InputStatistics, Statistics
@@ -57,8 +58,12 @@ def _fix(target: Target, seen: InputStatistics) -> None:
         if not folded <= token:
             _per_token(target, f"output error {token / folded:.2f} of that with folded scales")
             return
-    copies = None if a.split is None else _copies(a.split, target.recipe.weights, matrix, seen)
-    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values, copies)
+    if not a.symmetric:
+        target.transform = ClippedInput.between(seen.minimum.min(), seen.maximum.max(), a.bits, align_zero=True)
+        return
+    if a.split is not None:
+        target.copies = _copies(a.split, target.recipe.weights, matrix, seen)
+    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values, target.copies)
 
 
 def _copies(split: OCS, weights: Weights, matrix: Matrix, seen: InputStatistics) -> Tensor:

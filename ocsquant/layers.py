@@ -52,8 +52,10 @@ class Matrix:
 def kind_of(module: nn.Module) -> str | None:
     """ "linear", "conv", "recurrent" or "embedding"; None for a module without weights to quantize.
 
-    A subclass counts as its base only while it keeps the base's forward.
+    A subclass counts as its base only while it keeps the base's forward, or says that it is `quantized_as` one.
     """
+    if (kind := getattr(module, "quantized_as", None)) is not None:
+        return str(kind)
     for kind, bases in KINDS.items():
         if any(isinstance(module, base) and type(module).forward is base.forward for base in bases):
             return kind

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from ocsquant.config import Recipe, as_recipe, check_patterns, check_type
 from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeError
 from ocsquant.layers import KINDS, Matrix, kind_of, matrices, weight_names
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import Quantized, QuantizedMultiheadAttention, form_of
 from ocsquant.nn.attention import unsupported
@@ -47,7 +48,8 @@ class Target:
     kind: str
     recipe: Recipe
     path: str
-    transform: InputTransform | None = None
+    transform: InputTransform | ClippedInput | None = None
+    copies: Tensor | None = None  # int32 [channels]: how wide each input channel's codes are, where that is decided
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the inputs of each weight, for clip "output"
     hessians: dict[str, Tensor] = field(default_factory=dict)  # the same for rounding "gptq", while it is built
     notes: list[str] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Target:
     def matrices(self) -> Iterator[Matrix]:
         """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
         for matrix in matrices(self.source, self.path):
-            values = matrix.values if self.transform is None else matrix.values * self.transform.scale()
+            values = matrix.values if self.transform is None else self.transform.fold(matrix.values)
             moments, hessian = self.moments.get(matrix.name), self.hessians.get(matrix.name)
             yield replace(matrix, values=values, moments=moments, hessian=hessian)
 
@@ -91,7 +93,8 @@ def covers(pattern: str, paths: Iterable[str]) -> bool:
     )
 
 
-def _check_used(arg: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+def check_used(arg: str, patterns: Iterable[str], paths: Iterable[str]) -> None:
+    """Raise ArgumentError for a pattern that matches none of the paths."""
     paths = list(paths)
     for pattern in patterns:
         try:
@@ -125,8 +128,8 @@ def make_plan(
         raise ArgumentTypeError("filter_fn", "a function of (module, path)", repr(filter_fn))
     places = _places(model)
     paths = [path for place in places for path in place.paths]
-    _check_used("ignore", ignore, paths)
-    _check_used("overrides", overrides, paths)
+    check_used("ignore", ignore, paths)
+    check_used("overrides", overrides, paths)
     holders = _parameter_holders(model)
     mixed = len({w.requires_grad for w in _weights(places)}) > 1
     targets: list[Target] = []
@@ -148,12 +151,7 @@ def make_plan(
         else:
             skipped.append((place.paths[0], type(place.module).__name__, reason))
     if not targets:
-        reasons = Counter(reason for _, _, reason in skipped)
-        text = (
-            "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-            or "it has no layer with weights"
-        )
-        raise NothingToQuantizeError(f"nothing to quantize in {type(model).__name__}: {text}")
+        raise NothingToQuantizeError(_nothing(model, Counter(reason for _, _, reason in skipped)))
     return Plan(targets, skipped)
 
 
@@ -167,6 +165,38 @@ def _places(model: nn.Module) -> list[Place]:
         if path:
             place.parents.append((by_path[path.rpartition(".")[0]], path.rpartition(".")[2]))
     return list(places.values())
+
+
+def linear_places(model: nn.Module, skip: tuple[str, ...], check: bool) -> list[tuple[list[str], nn.Linear]]:
+    """Paths and module of every nn.Linear that may be replaced and that no pattern of `skip` covers.
+
+    check: raise ArgumentError for a pattern that matches nothing. Raises NothingToQuantizeError where none is left.
+    """
+    places = _places(model)
+    if check:
+        check_used("config.skip", skip, [path for place in places for path in place.paths])
+    holders = _parameter_holders(model)
+    found, reasons = [], Counter[str]()
+    for place in places:
+        if not isinstance(place.module, nn.Linear):
+            continue
+        reason = "it has a forward of its own" if kind_of(place.module) is None else None
+        reason = reason or _module_problem(place, False) or _weight_problem(place.module, holders)
+        reason = reason or _parent_problem(place)
+        if any(covers(pattern, place.paths) for pattern in skip):
+            reason = "skipped by pattern"
+        if reason is None:
+            found.append((place.paths, place.module))
+        else:
+            reasons[reason] += 1
+    if not found:
+        raise NothingToQuantizeError(_nothing(model, reasons))
+    return found
+
+
+def _nothing(model: nn.Module, reasons: Counter[str]) -> str:
+    text = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+    return f"nothing to quantize in {type(model).__name__}: {text or 'it has no layer with weights'}"
 
 
 def _weights(places: Iterable[Place]) -> Iterator[nn.Parameter]:
@@ -199,6 +229,8 @@ def _judge(
     module = place.module
     if isinstance(module, Quantized):
         return "already quantized", "linear"
+    if hasattr(module, "quantized_as"):
+        return "in quantization-aware training: use ocsquant.qat.convert", "linear"
     if isinstance(module, nn.MultiheadAttention):
         return "the projections of its input stay float: attention reads them as one matrix", "attention"
     kind = kind_of(module)
@@ -209,7 +241,7 @@ def _judge(
         return "it has a forward of its own" if own else "no quantized form for this type", "other"
     reason = _module_problem(place, named) or _weight_problem(module, holders) or _parent_problem(place)
     if reason is None and not simulate and recipe.weights.bits is not None:
-        reason = _kernel_problem(module, kind, recipe, named)
+        reason = kernel_problem(module, kind, recipe, named)
     if reason is None and recipe.weights.bits is None:
         reason = _split_problem(module, kind)
     return reason, kind
@@ -272,7 +304,7 @@ def _reads_weight(parent: type[nn.Module], name: str) -> bool:
     return any(first == name and second == "weight" for first, second in pairwise(loads))
 
 
-def _kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
+def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
     """Why there is no integer kernel for this layer, or why it would not pay."""
     weights = recipe.weights
     if recipe.activations is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,16 +11,13 @@ from torch import nn
 from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
-from ocsquant.errors import ArgumentError
 from ocsquant.folding import fold_batchnorms
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
 from ocsquant.planning import Target, make_plan, merge_request
+from ocsquant.progress import bar_of, layer_bar
 from ocsquant.transaction import commit, set_attribute
-
-T = TypeVar("T")
-LONG_WORK = 50_000_000  # parameters from which a progress bar shows by itself
 
 
 def quantize(
@@ -74,7 +70,7 @@ def quantize(
     seen = None
 
     def bar(batches: Iterable[Any]) -> Iterable[Any]:
-        return _bar_of(batches, progress, "calibrate", "batch")
+        return bar_of(batches, progress, "calibrate", "batch")
 
     with torch.no_grad():
         changes, folded, lines = fold_batchnorms(model) if fold_batchnorm else ([], {}, [])
@@ -89,29 +85,10 @@ def quantize(
         attach_moments(model, plan.targets, seen)
 
         def in_turn(targets: list[Target]) -> Iterable[Target]:
-            return with_hessians(model, _bar(targets, progress), calibration, bar)
+            return with_hessians(model, layer_bar(targets, progress), calibration, bar)
 
         more, layers = build(model, plan, simulate, in_turn)
         changes = changes + more
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)
     return model
-
-
-def _bar(targets: Iterable[Target], progress: bool | None) -> Iterable[Target]:
-    targets = list(targets)
-    size = sum(p.numel() for t in targets for p in t.module.parameters(recurse=False))
-    return _bar_of(targets, progress if size >= LONG_WORK else progress or False, "quantize", "layer")
-
-
-def _bar_of(items: Iterable[T], progress: bool | None, text: str, unit: str) -> Iterable[T]:
-    if progress is False or (progress is None and not sys.stderr.isatty()):
-        return items
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:
-        if progress:
-            raise ArgumentError("progress", "False or None where tqdm is not installed", True) from None
-        return items
-    bar: Iterable[T] = tqdm(items, desc=text, unit=unit)
-    return bar

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -62,11 +63,19 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> Change:
 
 def commit(changes: list[Change]) -> None:
     """Make every change; if anything interrupts, KeyboardInterrupt included, take back those already begun."""
+    with applied(changes):
+        pass
+
+
+@contextlib.contextmanager
+def applied(changes: list[Change]) -> Iterator[None]:
+    """`commit`, and take the changes back too if the block under it fails."""
     begun: list[Callable[[], Any]] = []
     try:
         for do, undo in changes:
             begun.append(undo)
             do()
+        yield
     except BaseException:
         for undo in reversed(begun):
             undo()

@@ -99,6 +99,51 @@ def fake_quantize_split_backward(
     return torch.where(beyond, torch.zeros_like(grad), grad), dscale.float()
 
 
+def fake_quantize_clip(x: Tensor, low: Tensor, high: Tensor, bits: int, align_zero: bool = False) -> Tensor:
+    """In the precision of the clips: float32 gives the bits of the kernels."""
+    n, low, high = 2**bits - 1, low.reshape(()), high.reshape(())
+    least = torch.maximum(1e-6 * torch.maximum(low.abs(), high.abs()), torch.full_like(low, 1e-12))
+    high = torch.where(high - low < least, low + least, high)
+    width = high - low
+    step, inverse = width / n, n / width
+    if align_zero:
+        low = torch.round(low * inverse) * step
+        high = low + width
+    place = (torch.minimum(torch.maximum(x.to(low.dtype), low), high) - low) * inverse
+    return (torch.round(place).clamp(max=n) * step + low).to(x.dtype)
+
+
+def fake_quantize_clip_backward(
+    grad: Tensor, x: Tensor, low: Tensor, high: Tensor, bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dlow, dhigh by the closed form, in the precision of the clips."""
+    n = 2**bits - 1
+    x, grad = x.to(low.dtype), grad.to(low.dtype)
+    place = (x - low) * (n / (high - low))
+    inside = (x > low) & (x < high)
+    error = torch.where(inside, (place - torch.round(place)) / n * grad, torch.zeros_like(grad)).sum()
+    dlow, dhigh = grad[x <= low].sum() + error, grad[x >= high].sum() - error
+    return torch.where(inside, grad, torch.zeros_like(grad)), dlow, dhigh
+
+
+def kurtosis(y: Tensor) -> Tensor:
+    """m4 / m2^2 of each row."""
+    z = y - y.mean(-1, keepdim=True)
+    m2 = z.square().mean(-1)
+    flat = (m2 <= 1e-10 * y.square().mean(-1)) | (m2 < 2.0**-100)
+    k = z.pow(4).mean(-1) / torch.where(flat, torch.ones_like(m2), m2).square()
+    return torch.where(flat, torch.zeros_like(k), k)
+
+
+def kurtosis_gradient(y: Tensor) -> Tensor:
+    """dK/dy_i = 4 / (d m2^2) (z_i^3 - m3 - K m2 z_i)."""
+    z = y - y.mean(-1, keepdim=True)
+    m2, m3 = z.square().mean(-1, keepdim=True), z.pow(3).mean(-1, keepdim=True)
+    k = kurtosis(y)[..., None]
+    gradient = 4 / (y.shape[-1] * m2.square()) * (z.pow(3) - m3 - k * m2 * z)
+    return torch.where(k == 0, torch.zeros_like(gradient), gradient)
+
+
 def scale_folded_linear(
     x: Tensor,
     codes: Tensor,

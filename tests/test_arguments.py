@@ -95,13 +95,10 @@ def public_callables() -> set[str]:
         if callable(thing := getattr(ocsquant, name))
         and not (isinstance(thing, type) and (issubclass(thing, Exception) or thing in results))
     }
-    operators = {
-        f"ops.{n}"
-        for n, f in inspect.getmembers(ops, inspect.isfunction)
-        if not n.startswith("_") and f.__module__ == ops.__name__
-    }
+    operators = {f"ops.{n}" for n, f in inspect.getmembers(ops, inspect.isfunction) if not n.startswith("_")}
+    training = {f"qat.{n}" for n in ocsquant.qat.__all__ if n != "QATLinear"}
     methods = {f"{c.__name__}.{n}" for c in (Recipe, ocsquant.Statistics) for n in METHODS if hasattr(c, n)}
-    return names | operators | methods
+    return names | operators | training | methods
 
 
 def arguments() -> list[tuple[str, str]]:
@@ -169,7 +166,7 @@ def test_wrong_call_names_the_argument_and_changes_nothing(name, argument, categ
     text = str(error).partition("Declaration:")[0]
     assert wrong.text in text if wrong.text else re.search(rf"\b{argument}s?\b", text), text
     if isinstance(error, ArgumentError):
-        assert re.fullmatch(rf"{argument}(\[.*\])?", error.arg), error.arg
+        assert re.fullmatch(rf"{argument}(\[.*\]|\.\w+)?", error.arg), error.arg
     if isinstance(error, ocsquant.Error):
         check_pickling(error)
     assert [snapshot(m) for m in models] == before

@@ -36,8 +36,10 @@ def test_every_public_name_is_documented():
             assert thing.__doc__, name
             assert not thing.__doc__.startswith(f"{name}("), f"{name} has only the docstring dataclass wrote"
     for name, function in inspect.getmembers(ocsquant.ops, inspect.isfunction):
-        if not name.startswith("_") and function.__module__ == "ocsquant.ops":
+        if not name.startswith("_"):
             assert function.__doc__, name
+    for name in ocsquant.qat.__all__:
+        assert getattr(ocsquant.qat, name).__doc__, name
 
 
 def test_core_knows_no_torch():

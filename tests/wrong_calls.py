@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from wrong_operator_calls import OPERATOR_CASES, Case, Wrong
+from wrong_qat_calls import QAT_CASES, QAT_TOGETHER
 
 import ocsquant
 from ocsquant import OCS, Activations, ArgumentTypeError, Recipe, SplitQuant, Weights
@@ -55,6 +56,8 @@ TOGETHER: list[tuple[str, Callable[[], Any]]] = [
         "activations",
         lambda: Recipe(Weights(split=OCS(0.1)), Activations(split=OCS(0.1, quantization_aware=False))),
     ),
+    ("symmetric", lambda: Activations(symmetric=False)),
+    ("symmetric", lambda: ocsquant.PerTensorStatic(max_outliers=4, symmetric=False)),
     ("max_overhead", lambda: OCS(expand_ratio=0.1, max_overhead=0.1)),
 ]
 
@@ -252,4 +255,5 @@ CASES = {
     ),
     "env": Case(ocsquant.env),
 }
-CASES |= OPERATOR_CASES
+CASES |= OPERATOR_CASES | QAT_CASES
+TOGETHER += QAT_TOGETHER

@@ -41,7 +41,7 @@ class Case:
 
     @property
     def operator(self) -> bool:
-        return self.call.__module__ == ops.__name__
+        return self.call.__module__.startswith(ops.__name__)
 
 
 PACKED = ops.pack_weight(int8(70, 30), int8(70, 3))
@@ -147,8 +147,9 @@ OPERATOR_CASES = {
             "input_shift": tensor(30),
             "bias": tensor(70),
             "tail_index": INDEX,
+            "max_outliers": 2,
         },
-        WRONG_LINEAR,
+        WRONG_LINEAR | {"symmetric": {"outliers": Wrong(False, text="symmetric")}},
         EXCUSED_LINEAR
         | {
             "input_inverse.range": "what is not finite after it gives NaN",
@@ -164,6 +165,26 @@ OPERATOR_CASES = {
             "bits": {"range": 9, "below": 1},
         },
         {"x.range": "NaN passes through by definition", "scale.range": "a training step may push it anywhere"},
+    ),
+    "ops.fake_quantize_clip": Case(
+        ops.fake_quantize_clip,
+        {"x": tensor(4, 6), "clip_neg": -tensor(1), "clip_pos": tensor(1), "bits": 4},
+        {"bits": {"range": 9, "below": 1}},
+        {
+            "x.rank": "any is right",
+            "x.size": "any is right",
+            "x.range": "NaN passes through and Inf is clipped, by definition",
+            "clip_neg.rank": "one entry is one entry",
+            "clip_neg.range": "a training step may push it anywhere",
+            "clip_pos.rank": "one entry is one entry",
+            "clip_pos.range": "as clip_neg",
+        },
+    ),
+    "ops.kurtosis": Case(
+        ops.kurtosis,
+        {"y": tensor(4, 6)},
+        {"y": {"range": tensor(4, 0)}},
+        {"y.rank": "any above 0", "y.size": "any is right", "y.device": "it is the only tensor"},
     ),
     "ops.dequantize_packed": Case(
         ops.dequantize_packed,

@@ -25,10 +25,7 @@
 OCSQ_TARGET_BEGIN("avx2")
 #include "simd_avx2.h"
 //
-#include "dequantize_impl.h"
-#include "rowwise_impl.h"
-//
-#include "linear_impl.h"
+#include "kernels_impl.h"
 #include "strips.h"
 #include "tile_int16.h"
 #include "tile_pairs.h"
@@ -303,6 +300,6 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
 OCSQ_TARGET_END
 
 namespace ocsquant {
-const Kernels kAvx2 = {"avx2", linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
+const Kernels kAvx2 = kernels<Tile>("avx2");
 }  // namespace ocsquant
 #endif

@@ -18,10 +18,7 @@
 OCSQ_TARGET_BEGIN("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #include "simd_avx512.h"
 //
-#include "dequantize_impl.h"
-#include "rowwise_impl.h"
-//
-#include "linear_impl.h"
+#include "kernels_impl.h"
 
 namespace ocsquant {
 namespace {
@@ -129,6 +126,6 @@ struct Tile {
 OCSQ_TARGET_END
 
 namespace ocsquant {
-const Kernels kAvx512Vnni = {"avx512_vnni", linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
+const Kernels kAvx512Vnni = kernels<Tile>("avx512_vnni");
 }  // namespace ocsquant
 #endif

@@ -24,16 +24,12 @@ OCSQ_TARGET_BEGIN("avx2,avxvnni")
 #endif
 #include "simd_avx2.h"
 //
-#include "dequantize_impl.h"
-#include "rowwise_impl.h"
-//
-#include "linear_impl.h"
+#include "kernels_impl.h"
 #include "vnni256_impl.h"
 OCSQ_TARGET_END
 
 namespace ocsquant {
 extern const Kernels OCSQ_VNNI256_TABLE;
-const Kernels OCSQ_VNNI256_TABLE = {
-    OCSQ_VNNI256_NAME, linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
+const Kernels OCSQ_VNNI256_TABLE = kernels<Tile>(OCSQ_VNNI256_NAME);
 }  // namespace ocsquant
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "clip_grid.h"
 #include "codes.h"
 
 namespace ocsquant {
@@ -36,6 +37,7 @@ struct TokenQuantizer {
   const float* inverse = nullptr;  // [k]: quantize (x - shift) * inverse instead of x
   const float* shift = nullptr;    // [k], or null: 0
   bool fixed = false;              // step 1: codes are rint of that, all clamped if more than max_outliers lie beyond
+  bool symmetric = true;           // false, if fixed: codes are rint of that within 0..2^bits - 1, less 2^(bits-1)
 };
 
 // What a code keeps beyond int8: code = body + rest, at column k of the packed weight.
@@ -84,17 +86,40 @@ struct LinearKernels {
                    int64_t panel, int32_t* scratch);
 };
 
-struct FakeQuantizeKernels {
+struct FakeQuantizeSplitKernels {
   // y = clamp(rint(x / scale), -limit_j, limit_j) * scale over one row; limit_j = n_j (2^(bits-1) - 1).
   void (*forward)(const float* x, const float* limit, float scale, int64_t k, float* y);
   // dx and the row's gradient of the scale (straight-through; methods: fake_quantize_split).
   float (*backward)(const float* grad, const float* x, const float* limit, float scale, int64_t k, float* dx);
 };
 
+// Over some values: the sums of the gradients of those at or below the grid, of those at or above it, and of gradient
+// times rounding error in steps, (u - rint(u)), of those inside.
+struct ClipSums {
+  float below, above, inside;
+};
+
+struct FakeQuantizeClipKernels {
+  // y = the nearest level of the grid, over n values.
+  void (*forward)(const float* x, const ClipGrid& grid, int64_t n, float* y);
+  // dx = grad inside the grid, 0 elsewhere.
+  ClipSums (*backward)(const float* grad, const float* x, const ClipGrid& grid, int64_t n, float* dx);
+};
+
+struct KurtosisKernels {
+  // K = m4 / m2^2 of d values, the central moments in float32; 0 for a row without variance, NaN for one with NaN or
+  // Inf.
+  float (*forward)(const float* y, int64_t d);
+  // out = grad + factor * dK/dy where K > target, else grad (null: 0); returns K.
+  float (*add_gradient)(const float* grad, const float* y, int64_t d, float factor, float target, float* out);
+};
+
 struct Kernels {
   const char* isa;
   LinearKernels linear;
-  FakeQuantizeKernels fake_quantize;
+  FakeQuantizeSplitKernels fake_quantize_split;
+  FakeQuantizeClipKernels fake_quantize_clip;
+  KurtosisKernels kurtosis;
   void (*dequantize_row)(const CodedWeight& w, int64_t row, float* y);  // y[k]
   void (*widen)(const uint16_t* x, int64_t n, float* y);                // bfloat16 to float32
   void (*narrow)(const float* x, int64_t n, uint16_t* y);               // float32 to bfloat16, to nearest even

@@ -175,7 +175,5 @@ constexpr LinearKernels linear_kernels() {
   return {Tile::kRows, Tile::kRowBlock, Tile::row_bytes, Tile::rest_capacity, quantize<Tile>, multiply<Tile>};
 }
 
-constexpr FakeQuantizeKernels kFakeQuantize = {fake_quantize_forward, fake_quantize_backward};
-
 }  // namespace
 }  // namespace ocsquant

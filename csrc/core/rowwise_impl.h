@@ -28,13 +28,14 @@ struct LaneSum {
   }
 };
 
-// Calls block(pointer, offset) for every 64 values of x, the last ones copied behind zeros.
+// Calls block(pointer, offset) for every 64 values of x, the last ones followed by `pad`.
 template <class Block>
-OCSQ_INLINE void for_blocks(const float* x, int64_t k, Block& block) {
+OCSQ_INLINE void for_blocks(const float* x, int64_t k, Block& block, float pad = 0.0f) {
   int64_t j = 0;
   for (; j + kLanes <= k; j += kLanes) block(x + j, j);
   if (j < k) {
-    float padded[kLanes] = {};
+    float padded[kLanes];
+    for (float& p : padded) p = pad;
     std::memcpy(padded, x + j, (k - j) * sizeof(float));
     block(padded, j);
   }
@@ -161,14 +162,20 @@ inline void scale_row(const float* x, const TokenQuantizer& how, int64_t k, floa
 struct RowFixedCodes {
   RowCodes<true> codes;
   Simd::I largest;
-  OCSQ_INLINE RowFixedCodes(int16_t* out, int limit) : codes(out, 1.0f, limit), largest(Simd::zero_i()) {}
+  Simd::F bottom, top, offset;
+  OCSQ_INLINE RowFixedCodes(int16_t* out, const TokenQuantizer& how, int limit)
+      : codes(out, 1.0f, limit),
+        largest(Simd::zero_i()),
+        bottom(Simd::set1(how.symmetric ? -kMaxFixedCode : 0.0f)),
+        top(Simd::set1(static_cast<float>(how.symmetric ? kMaxFixedCode : 2 * limit + 1))),
+        offset(Simd::set1(how.symmetric ? 0.0f : static_cast<float>(limit + 1))) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
-    const Simd::F top = Simd::set1(static_cast<float>(kMaxFixedCode)), bottom = Simd::set1(-kMaxFixedCode);
     float clamped[kLanes];
     for (int v = 0; v < kVectors; ++v) {
       const Simd::F x = Simd::load(p + v * Simd::W);
       largest = Simd::max_i(largest, Simd::abs_bits(x));
-      Simd::store(clamped + v * Simd::W, Simd::max(bottom, Simd::min(top, x)));
+      const Simd::F code = Simd::rint(Simd::max(bottom, Simd::min(top, x)));
+      Simd::store(clamped + v * Simd::W, Simd::sub(code, offset));
     }
     codes(clamped, j);
   }
@@ -178,13 +185,13 @@ struct RowFixedCodes {
 inline float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, int16_t* codes) {
   const int limit = (1 << (how.bits - 1)) - 1;
   const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
-  RowFixedCodes block(codes, limit);
+  RowFixedCodes block(codes, how, limit);
   for_blocks(x, k, block);
   if (!(bits_to_float(Simd::reduce_max(block.largest)) <= std::numeric_limits<float>::max())) {
     std::memset(codes, 0, padded * sizeof(int16_t));
     return std::numeric_limits<float>::quiet_NaN();
   }
-  if (Simd::reduce_add(block.codes.beyond) > how.max_outliers) {
+  if (how.symmetric && Simd::reduce_add(block.codes.beyond) > how.max_outliers) {
     for (int64_t j = 0; j < padded; ++j) {
       const int16_t high = codes[j] > limit ? static_cast<int16_t>(limit) : codes[j];
       codes[j] = high < -limit ? static_cast<int16_t>(-limit) : high;
@@ -212,65 +219,6 @@ struct NarrowBlock {
 inline void narrow(const float* x, int64_t n, uint16_t* y) {
   NarrowBlock block{y, n};
   for_blocks(x, n, block);
-}
-
-struct FakeQuantize {
-  Simd::F scale, inverse;
-  OCSQ_INLINE explicit FakeQuantize(float s) : scale(Simd::set1(s)), inverse(Simd::set1(1.0f / s)) {}
-
-  // min and max give their second operand when one is NaN, so NaN passes through.
-  static OCSQ_INLINE Simd::F clamp(Simd::F q, Simd::F bound) {
-    return Simd::max(Simd::sub(Simd::set1(0.0f), bound), Simd::min(bound, q));
-  }
-  OCSQ_INLINE void forward(const float* x, const float* limit, float* y) const {
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = v * Simd::W;
-      const Simd::F q = Simd::rint(Simd::mul(Simd::load(x + at), inverse));
-      Simd::store(y + at, Simd::mul(clamp(q, Simd::load(limit + at)), scale));
-    }
-  }
-  OCSQ_INLINE void backward(const float* grad, const float* x, const float* limit, float* dx, LaneSum& sum) const {
-    for (int v = 0; v < kVectors; ++v) {
-      const int at = v * Simd::W;
-      const Simd::F g = Simd::load(grad + at), bound = Simd::load(limit + at);
-      const Simd::F u = Simd::mul(Simd::load(x + at), inverse), q = Simd::rint(u);
-      Simd::store(dx + at, Simd::select_beyond(q, bound, Simd::set1(0.0f), g));
-      const Simd::F slope = Simd::select_beyond(q, bound, clamp(q, bound), Simd::sub(q, u));
-      sum.lane[v] = Simd::add(sum.lane[v], Simd::mul(g, slope));
-    }
-  }
-};
-
-inline void fake_quantize_forward(const float* x, const float* limit, float scale, int64_t k, float* y) {
-  const FakeQuantize op(scale);
-  int64_t j = 0;
-  for (; j + kLanes <= k; j += kLanes) op.forward(x + j, limit + j, y + j);
-  if (j < k) {
-    float px[kLanes] = {}, pl[kLanes] = {}, py[kLanes];
-    const size_t bytes = (k - j) * sizeof(float);
-    std::memcpy(px, x + j, bytes);
-    std::memcpy(pl, limit + j, bytes);
-    op.forward(px, pl, py);
-    std::memcpy(y + j, py, bytes);
-  }
-}
-
-inline float fake_quantize_backward(const float* grad, const float* x, const float* limit, float scale, int64_t k,
-                                    float* dx) {
-  const FakeQuantize op(scale);
-  LaneSum sum;
-  int64_t j = 0;
-  for (; j + kLanes <= k; j += kLanes) op.backward(grad + j, x + j, limit + j, dx + j, sum);
-  if (j < k) {
-    float pg[kLanes] = {}, px[kLanes] = {}, pl[kLanes] = {}, pd[kLanes];
-    const size_t bytes = (k - j) * sizeof(float);
-    std::memcpy(pg, grad + j, bytes);
-    std::memcpy(px, x + j, bytes);
-    std::memcpy(pl, limit + j, bytes);
-    op.backward(pg, px, pl, pd, sum);
-    std::memcpy(dx + j, pd, bytes);
-  }
-  return sum.total();
 }
 
 }  // namespace

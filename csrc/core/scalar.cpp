@@ -9,10 +9,7 @@
 #include "kernels.h"
 #include "simd_scalar.h"
 //
-#include "dequantize_impl.h"
-#include "rowwise_impl.h"
-//
-#include "linear_impl.h"
+#include "kernels_impl.h"
 #include "tile_int16.h"
 
 namespace ocsquant {
@@ -49,6 +46,6 @@ struct Tile {
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", linear_kernels<Tile>(), kFakeQuantize, dequantize_row, widen, narrow};
+const Kernels kScalar = kernels<Tile>("scalar");
 
 }  // namespace ocsquant

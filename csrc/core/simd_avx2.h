@@ -21,6 +21,9 @@ struct Simd {
     const F size = _mm256_castsi256_ps(abs_bits(q));
     return _mm256_blendv_ps(b, a, _mm256_cmp_ps(size, limit, _CMP_GT_OQ));
   }
+  static OCSQ_INLINE F select_at_most(F a, F b, F x, F y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+  }
 
   static OCSQ_INLINE I zero_i() { return _mm256_setzero_si256(); }
   static OCSQ_INLINE I set1_i(int32_t v) { return _mm256_set1_epi32(v); }

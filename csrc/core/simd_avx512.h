@@ -21,6 +21,9 @@ struct Simd {
     const F size = _mm512_castsi512_ps(abs_bits(q));
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(size, limit, _CMP_GT_OQ), b, a);
   }
+  static OCSQ_INLINE F select_at_most(F a, F b, F x, F y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), y, x);
+  }
 
   static OCSQ_INLINE I zero_i() { return _mm512_setzero_si512(); }
   static OCSQ_INLINE I set1_i(int32_t v) { return _mm512_set1_epi32(v); }

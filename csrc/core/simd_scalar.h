@@ -24,6 +24,8 @@ struct Simd {
   static F max(F a, F b) { return a > b ? a : b; }
   // a where |q| > limit, else b; a NaN q selects b.
   static F select_beyond(F q, F limit, F a, F b) { return std::fabs(q) > limit ? a : b; }
+  // x where a <= b, else y, also where one of them is NaN.
+  static F select_at_most(F a, F b, F x, F y) { return a <= b ? x : y; }
 
   static I zero_i() { return 0; }
   static I set1_i(int32_t v) { return v; }

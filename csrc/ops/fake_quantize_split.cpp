@@ -64,12 +64,12 @@ Tensor fake_quantize_split(const Tensor& x, const Tensor& scale, const Tensor& s
     for (int64_t r = first; r < last; ++r) {
       const float step = s[rows.shared_scale ? 0 : r];
       if (rows.dtype == Float::f32) {
-        kernels.fake_quantize.forward(static_cast<const float*>(px) + r * k, rows.limit.data(), step, k,
-                                      static_cast<float*>(py) + r * k);
+        kernels.fake_quantize_split.forward(static_cast<const float*>(px) + r * k, rows.limit.data(), step, k,
+                                            static_cast<float*>(py) + r * k);
       } else {
         float* row = wide.at<float>(0) + i * k;
         kernels.widen(static_cast<const uint16_t*>(px) + r * k, k, row);
-        kernels.fake_quantize.forward(row, rows.limit.data(), step, k, row);
+        kernels.fake_quantize_split.forward(row, rows.limit.data(), step, k, row);
         kernels.narrow(row, k, static_cast<uint16_t*>(py) + r * k);
       }
     }
@@ -101,14 +101,14 @@ std::tuple<Tensor, Tensor> fake_quantize_split_backward(const Tensor& grad, cons
     for (int64_t r = first; r < last; ++r) {
       const float step = s[rows.shared_scale ? 0 : r];
       if (rows.dtype == Float::f32) {
-        sum[r] =
-            kernels.fake_quantize.backward(static_cast<const float*>(pg) + r * k, static_cast<const float*>(px) + r * k,
-                                           rows.limit.data(), step, k, static_cast<float*>(pd) + r * k);
+        sum[r] = kernels.fake_quantize_split.backward(static_cast<const float*>(pg) + r * k,
+                                                      static_cast<const float*>(px) + r * k, rows.limit.data(), step, k,
+                                                      static_cast<float*>(pd) + r * k);
       } else {
         float *g = wide.at<float>(0) + 2 * i * k, *row = g + k;
         kernels.widen(static_cast<const uint16_t*>(pg) + r * k, k, g);
         kernels.widen(static_cast<const uint16_t*>(px) + r * k, k, row);
-        sum[r] = kernels.fake_quantize.backward(g, row, rows.limit.data(), step, k, g);
+        sum[r] = kernels.fake_quantize_split.backward(g, row, rows.limit.data(), step, k, g);
         kernels.narrow(g, k, static_cast<uint16_t*>(pd) + r * k);
       }
     }

@@ -14,12 +14,12 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
   m.def(
       "scale_folded_linear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
-      "float outlier_threshold=4.0) -> Tensor");
+      "float outlier_threshold=4.0, bool symmetric=True) -> Tensor");
   m.def(
       "scale_folded_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? "
       "input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
-      "float outlier_threshold=4.0) -> Tensor");
+      "float outlier_threshold=4.0, bool symmetric=True) -> Tensor");
   m.def("pack_codes(Tensor codes, int bits) -> Tensor");
   m.def(
       "dequantize_weight(Tensor packed, Tensor scale, int k, int bits, int group_size, Tensor? zero=None, "
@@ -27,5 +27,13 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
   m.def("fake_quantize_split(Tensor x, Tensor scale, Tensor splits, int bits) -> Tensor");
   m.def(
       "fake_quantize_split_backward(Tensor grad, Tensor x, Tensor scale, Tensor splits, int bits) -> (Tensor, Tensor)");
+  m.def("fake_quantize_clip(Tensor x, Tensor clip_neg, Tensor clip_pos, int bits, bool align_zero=False) -> Tensor");
+  m.def(
+      "fake_quantize_clip_backward(Tensor grad, Tensor x, Tensor clip_neg, Tensor clip_pos, int bits, "
+      "bool align_zero=False) -> (Tensor, Tensor, Tensor)");
+  m.def("kurtosis(Tensor y) -> Tensor");
+  m.def("kurtosis_backward(Tensor grad, Tensor y) -> Tensor");
+  m.def("kurtosis_inject(Tensor grad, Tensor y, Tensor scale, float weight, float target, Tensor(a!) log) -> Tensor");
+  m.def("kurtosis_anchor(Tensor grad, int penalty) -> Tensor");
   m.def("cpu_isa() -> (str, str)");
 }

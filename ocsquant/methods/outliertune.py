@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ocsquant.methods.grid import SMALLEST_SCALE, code_limit
+from ocsquant.methods.grid import SMALLEST_SCALE, QuantizedWeight, code_limit
 from ocsquant.methods.tokens import quantize_tokens
 
 LARGEST_CODE = 32512  # csrc/core/kernels.h: what a value beyond the calibrated range may become
@@ -27,14 +27,27 @@ class InputTransform:
     inverse: Tensor
     shift: Tensor | None
     dynamic: bool
-    copies: Tensor | None = None  # int32 [k], of a split input: the weight's channels have as wide a range
 
     def scale(self) -> Tensor:
         return 1.0 / self.inverse
 
+    def fold(self, weight: Tensor) -> Tensor:
+        """W' of the float32 weight [n, k]."""
+        return weight * self.scale()
+
+    def unfold(self, weight: Tensor) -> Tensor:
+        """The weight [n, k] that `fold` makes W' of."""
+        return weight * self.inverse
+
     def apply(self, x: Tensor) -> Tensor:
         """u of float32 [m, k] inputs."""
         return (x if self.shift is None else x - self.shift) * self.inverse
+
+    def operands(
+        self, quantized: QuantizedWeight, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """scale, bias, input_inverse and input_shift of `scale_folded_linear`, for a weight that was folded."""
+        return quantized.scale[:, 0], self.folded_bias(weight, bias), self.inverse, self.shift
 
     def folded_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """b' of the unfolded float32 weight [n, k]."""
@@ -75,7 +88,7 @@ def input_transform(
         t = float((reach / factor).max()) / code_limit(bits)
         step = factor * (t if t > 0 else 1.0)
     step = step.clamp(min=SMALLEST_SCALE, max=1 / SMALLEST_SCALE)
-    return InputTransform((1.0 / step).float(), middle.float() if shift else None, scale == "token", copies)
+    return InputTransform((1.0 / step).float(), middle.float() if shift else None, scale == "token")
 
 
 def _floor(values: Tensor) -> float:

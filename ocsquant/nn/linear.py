@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocsquant import ops
 from ocsquant.config import Activations
 from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.quantized import Quantized
 
@@ -63,11 +64,15 @@ class QuantizedLinear(Quantized):
     def from_weight(
         cls,
         weight: QuantizedWeight,
-        bias: Tensor | None,
+        layer: nn.Linear,
         activations: Activations,
-        transform: InputTransform | None = None,
+        transform: InputTransform | ClippedInput | None = None,
     ) -> QuantizedLinear:
-        """From a per-channel symmetric `QuantizedWeight` [out_features, in_features], folded with `transform`."""
+        """From a per-channel symmetric `QuantizedWeight` of the layer's weight, folded with `transform`."""
+        bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
+        scale, inverse, shift = weight.scale[:, 0], None, None
+        if transform is not None:
+            scale, bias, inverse, shift = transform.operands(weight, layer.weight.detach(), bias)
         base, tail, tail_index = weight.base_and_tail()
         split = tail_index.numel() > 0
         return cls(
@@ -76,11 +81,11 @@ class QuantizedLinear(Quantized):
             weight.bits,
             activations,
             ops.pack_weight(base, tail if split else None),
-            weight.scale[:, 0].contiguous(),
-            None if bias is None else bias.detach().float().clone(),
+            scale.contiguous(),
+            None if bias is None else bias.float().clone(),
             tail_index if split else None,
-            None if transform is None else transform.inverse,
-            None if transform is None else transform.shift,
+            inverse,
+            shift,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -109,6 +114,7 @@ class QuantizedLinear(Quantized):
             a.scale == "token",
             a.max_outliers,
             a.outlier_threshold,
+            a.symmetric,
         )
 
     @property

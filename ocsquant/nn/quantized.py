@@ -11,6 +11,20 @@ from torch import Tensor, nn
 Self = TypeVar("Self", bound="Quantized")
 
 
+def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What `Module._apply` is given, for tensors that follow a move to another device but no change of dtype."""
+
+    def apply(t: Tensor) -> Tensor:
+        whole = {torch.float32: torch.int32, torch.float64: torch.int64}.get(t.dtype)
+        bits = t if whole is None else t.view(whole)
+        moved = fn(bits)
+        if moved.dtype != bits.dtype:  # Module.type() converts integers too
+            moved = bits.to(moved.device)
+        return moved.view(t.dtype)
+
+    return apply
+
+
 class Quantized(nn.Module):
     """A module whose weight is held as integers, in plain buffers that no change of dtype touches.
 
@@ -44,15 +58,7 @@ class Quantized(nn.Module):
         raise NotImplementedError
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Seen as integers, scales follow a move to another device but no change of dtype.
-        def apply(t: Tensor) -> Tensor:
-            if t.numel() == 0:
-                return fn(t)  # `output_like` of an embedding is there to be converted
-            bits = t.view(torch.int32) if t.dtype == torch.float32 else t
-            moved = fn(bits)
-            if moved.dtype != bits.dtype:  # Module.type() converts integers too
-                moved = bits.to(moved.device)
-            return moved.view(t.dtype)
-
-        super()._apply(apply, recurse)
+        keep = keeping_dtype(fn)
+        # `output_like` of an embedding, without entries, is there to be converted.
+        super()._apply(lambda t: fn(t) if t.numel() == 0 else keep(t), recurse)
         return self

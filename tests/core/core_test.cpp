@@ -86,7 +86,9 @@ int run(int64_t every) {
   test_selection(general, std::vector<Level>(levels.begin(), levels.begin() + static_cast<int64_t>(selectable)));
   for (Level& level : levels) {
     if (!level.usable) continue;
-    test_fake_quantize(level);
+    test_fake_quantize_split(level);
+    test_fake_quantize_clip(level);
+    test_kurtosis(level);
     test_dequantize(level);
     test_conversions(level);
   }

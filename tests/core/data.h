@@ -168,8 +168,10 @@ inline void fold_inputs(Random& r, Tokens& t) {
   t.inverse.clear();
   t.shift.clear();
   t.how.fixed = false;
+  t.how.symmetric = true;
   if (r.below(3) != 0 || t.k > ocsquant::kMaxFixedDepth / 2) return;
   t.how.fixed = r.next() % 2 == 0;
+  t.how.symmetric = !t.how.fixed || r.next() % 2 == 0;
   float largest = 1e-30f;
   for (const float v : t.x) largest = std::isfinite(v) ? std::max(largest, std::fabs(v)) : largest;
   const float limit = static_cast<float>((1 << (t.how.bits - 1)) - 1);

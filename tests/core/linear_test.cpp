@@ -65,9 +65,10 @@ class Rig {
            "%ld%s",
            long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
            tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
-           how_.fixed     ? ", fixed"
-           : how_.inverse ? ", folded"
-                          : "",
+           !how_.symmetric ? ", from below"
+           : how_.fixed    ? ", fixed"
+           : how_.inverse  ? ", folded"
+                           : "",
            packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;

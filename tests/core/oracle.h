@@ -115,6 +115,10 @@ inline float quantize_token_fixed(const float* x, int64_t k, const ocsquant::Tok
       std::fill_n(codes, k, 0);
       return std::numeric_limits<float>::quiet_NaN();
     }
+    if (!how.symmetric) {
+      codes[j] = round_half_even(std::max(0.0f, std::min(static_cast<float>(2 * limit + 1), x[j]))) - limit - 1;
+      continue;
+    }
     codes[j] = round_half_even(std::max(-32512.0f, std::min(32512.0f, x[j])));
     beyond += std::abs(codes[j]) > limit;
   }
@@ -167,6 +171,55 @@ inline float fake_quantize_gradients(const float* grad, const float* x, const fl
     sum.add(j, grad[j] * (!clipped ? q - u : q > 0.0f ? limit[j] : -limit[j]));
   }
   return sum.total();
+}
+
+// The nearest level of the grid.
+inline float fake_quantize_clip(float x, const ocsquant::ClipGrid& grid) {
+  if (std::isnan(x)) return x;
+  const float inside = x < grid.low ? grid.low : x > grid.high ? grid.high : x;
+  const float q = std::nearbyint((inside - grid.low) * grid.inverse);
+  return (q > grid.levels ? grid.levels : q) * grid.step + grid.low;
+}
+
+inline ocsquant::ClipSums fake_quantize_clip_gradients(const float* grad, const float* x,
+                                                       const ocsquant::ClipGrid& grid, int64_t n, float* dx) {
+  LaneTotal below, above, inside;
+  for (int64_t j = 0; j < n; ++j) {
+    const bool under = x[j] <= grid.low, over = x[j] >= grid.high;
+    const float value = under ? grid.low : over ? grid.high : x[j], u = (value - grid.low) * grid.inverse;
+    const float q = std::nearbyint(u);
+    dx[j] = under || over ? 0.0f : grad[j];
+    below.add(j, under ? grad[j] : 0.0f);
+    above.add(j, over ? grad[j] : 0.0f);
+    inside.add(j, dx[j] * (u - (q > grid.levels ? grid.levels : q)));
+  }
+  return {below.total(), above.total(), inside.total()};
+}
+
+// out[d] = grad (null: 0) + factor * dK/dy where K > target; returns K.
+inline float kurtosis_gradient(const float* grad, const float* y, int64_t d, float factor, float target, float* out) {
+  const float count = static_cast<float>(d), nan = std::numeric_limits<float>::quiet_NaN();
+  LaneTotal sum, squares, cubes, fourths;
+  for (int64_t j = 0; j < d; ++j) sum.add(j, y[j]);
+  const float mean = sum.total() / count;
+  for (int64_t j = 0; j < d; ++j) squares.add(j, (y[j] - mean) * (y[j] - mean));
+  const float variance = squares.total() / count, deviation = std::sqrt(variance);
+  const bool finite = std::isfinite(variance);
+  const bool flat = finite && (d == 1 || deviation <= 1e-5f * std::fabs(mean) || variance < std::ldexp(1.0f, -100));
+  const float inverse = finite ? 1.0f / deviation : nan;
+  for (int64_t j = 0; j < d; ++j) {
+    const float w = (y[j] - mean) * inverse, w2 = w * w;
+    cubes.add(j, w2 * w);
+    fourths.add(j, w2 * w2);
+  }
+  const float skewness = finite ? cubes.total() / count : nan, k = flat ? 0.0f : finite ? fourths.total() / count : nan;
+  const bool passes = flat || k <= target || factor == 0.0f;
+  const float c = factor * 4.0f / count * inverse;
+  for (int64_t j = 0; j < d; ++j) {
+    const float w = (y[j] - mean) * inverse, slope = c * (w * (w * w - k) - skewness);
+    out[j] = passes ? (grad == nullptr ? 0.0f : grad[j]) : grad == nullptr ? slope : grad[j] + slope;
+  }
+  return k;
 }
 
 }  // namespace coretest

@@ -1,4 +1,4 @@
-// What works on rows of floats: fake quantization and the bf16 conversions; and the packing and the choice of a level.
+// The bf16 conversions, weights that are stored as codes, the packing and the choice of a level.
 #include <cstring>
 #include <map>
 
@@ -14,59 +14,7 @@ using ocsquant::kPanel;
 
 constexpr Side kSides[] = {Side::end, Side::start};
 
-float special(Random& r) {
-  const uint32_t kinds[] = {0x7fc00000, 0x7f800000, 0xff800000, 0x80000000, 0x7f7fffff, 0x00000001};
-  return float_of(kinds[r.below(6)]);
-}
-
 }  // namespace
-
-void test_fake_quantize(Level& level) {
-  Arena x_arena, grad_arena, limit_arena, y_arena;
-  std::vector<float> x, grad, limit, y, dx;
-  for (int64_t k = 0; k <= 300; ++k) {
-    for (int turn = 0; turn < 8; ++turn) {
-      Random r(mix(k, turn, 1));
-      const Side side = kSides[turn % 2];
-      // Powers of two give ties; 1/s overflows at none of them.
-      const float scales[] = {0.25f, 0.013f, 1.0f, 3e-38f, 1e30f, 0.0625f, 0.7f, 1e-6f};
-      const float scale = scales[turn], q = static_cast<float>((1 << (1 + turn)) - 1);
-      for (auto* v : {&x, &grad, &limit, &y, &dx}) v->resize(k);
-      for (int64_t j = 0; j < k; ++j) {
-        limit[j] = q * static_cast<float>(1 + r.below(3));
-        x[j] =
-            r.next() % 4 == 0 ? scale * (static_cast<float>(r.below(300) - 150) + 0.5f) : scale * r.gauss() * 2.0f * q;
-        grad[j] = r.gauss();
-        if (turn >= 4 && r.below(50) == 0) x[j] = special(r);
-        if (turn >= 6 && r.below(100) == 0) grad[j] = special(r);
-        y[j] = fake_quantize(x[j], limit[j], scale);
-      }
-      const float slope = fake_quantize_gradients(grad.data(), x.data(), limit.data(), scale, k, dx.data());
-      // The ops call both in place for bf16.
-      for (const bool in_place : {false, true}) {
-        Case c(level, "fake_quantize k %ld turn %d%s", long(k), turn, in_place ? " in place" : "");
-        float* px = x_arena.copy(x.data(), k, side);
-        float* pg = grad_arena.copy(grad.data(), k, side);
-        const float* pl = limit_arena.copy(limit.data(), k, side);
-        float* py = in_place ? px : y_arena.place<float>(k, side);
-        level.kernels->fake_quantize.forward(px, pl, scale, k, py);
-        for (int64_t j = 0; j < k; ++j) {
-          if (!same(py[j], y[j])) c.check(false, "y[%ld] is %a, not %a", long(j), double(py[j]), double(y[j]));
-        }
-        px = x_arena.copy(x.data(), k, side);
-        float* pd = in_place ? pg : y_arena.place<float>(k, side);
-        const float got = level.kernels->fake_quantize.backward(pg, px, pl, scale, k, pd);
-        c.check(same(got, slope), "the gradient of the scale is %a, not %a", double(got), double(slope));
-        for (int64_t j = 0; j < k; ++j) {
-          if (!same(pd[j], dx[j])) c.check(false, "dx[%ld] is %a, not %a", long(j), double(pd[j]), double(dx[j]));
-        }
-        for (const Arena* arena : {&x_arena, &grad_arena, &y_arena}) {
-          c.check(arena->intact(), "bytes beside an operand were written");
-        }
-      }
-    }
-  }
-}
 
 void test_dequantize(Level& level) {
   Arena packed_arena, scale_arena, zero_arena, levels_arena, y_arena;

@@ -1,0 +1,167 @@
+"""Integer linear layers that quantize their input on the way in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ocsquant.ops.library import check_devices, check_flag, compiled, wants_gradient
+from ocsquant.ops.weights import dequantize_packed
+
+# Going through the packet instead of the overload costs 0.4 us a call.
+_quantized_linear = compiled.quantized_linear.default
+_quantized_linear_train = compiled.quantized_linear_train.default
+_scale_folded_linear = compiled.scale_folded_linear.default
+_scale_folded_linear_train = compiled.scale_folded_linear_train.default
+
+
+def quantized_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    activation_bits: int = 8,
+    max_outliers: int = 16,
+    outlier_threshold: float = 4.0,
+) -> Tensor:
+    """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
+
+    A token's step is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1); the few values beyond keep
+    larger codes, which is exactly what splitting their channel for this token would give (OCS, arXiv 1901.09504,
+    applied at run time). y = float(codes @ weight codes) * (step * scale) + bias, the sum in exact integers.
+
+    Args:
+        x: float32 or bfloat16 [..., k].
+        packed: from `pack_weight`, for n outputs and k inputs; k plus tail columns at most 131072.
+        scale: float32 [n], the weight step of each output.
+        bias: float32 [n].
+        tail_index: int32 [e], ascending: the input channel that each tail column of `packed` adds to.
+        activation_bits: 2..8.
+        max_outliers: 0..64 values of a token that may lie beyond the range; 0 is plain dynamic quantization.
+        outlier_threshold: 2..1e6, in units of the token's root mean square.
+
+    Returns:
+        [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
+        dequantized weight; nothing else gets one.
+    """
+    op = _quantized_linear_train if wants_gradient(x) else _quantized_linear
+    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold)
+
+
+def scale_folded_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    input_inverse: Tensor,
+    input_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    activation_bits: int = 8,
+    dynamic: bool = False,
+    max_outliers: int = 0,
+    outlier_threshold: float = 4.0,
+    symmetric: bool = True,
+) -> Tensor:
+    """Linear layer whose weight codes have taken over scales of its input channels (OutlierTune, arXiv 2406.18832).
+
+    With u = (x - input_shift) * input_inverse, y = float(codes @ weight codes) * scale + bias, where the codes are
+    rint(u) clamped to +-Q, Q = 2^(activation_bits - 1) - 1: static quantization, one scale per input channel, nothing
+    to look up inside the sum. A token of which at most `max_outliers` codes lie beyond Q keeps those, up to 32512: they
+    left the calibrated range and are split instead of clipped. With `dynamic`, u is quantized token by token as
+    `quantized_linear` does it (SmoothQuant, arXiv 2211.10438). Without `symmetric`, the codes are rint(u) clamped to
+    0..2Q + 1, less Q + 1: a range that starts at input_shift, whose part of the result belongs into the bias too.
+
+    Args:
+        x: float32 or bfloat16 [..., k].
+        packed: from `pack_weight`, the codes of W / input_inverse; k plus tail columns at most 65536 (dynamic: 131072).
+        scale: float32 [n].
+        input_inverse: float32 [k], one over the step of each input channel.
+        input_shift: float32 [k], the middle of each channel's range; its part of the result belongs into the bias.
+        bias: float32 [n].
+        tail_index, activation_bits, max_outliers, outlier_threshold: as in `quantized_linear`; the threshold counts
+            only where `dynamic`, and max_outliers is 0 without `symmetric`.
+
+    Returns:
+        [..., n] in the dtype of `x`. A token with NaN or Inf, in x or in u, gives NaN. The gradient with respect to `x`
+        is that of the dequantized weight; nothing else gets one.
+    """
+    check_flag("scale_folded_linear", "dynamic", dynamic)
+    check_flag("scale_folded_linear", "symmetric", symmetric)
+    op = _scale_folded_linear_train if wants_gradient(x) else _scale_folded_linear
+    return op(
+        x,
+        packed,
+        scale,
+        input_inverse,
+        input_shift,
+        bias,
+        tail_index,
+        activation_bits,
+        dynamic,
+        max_outliers,
+        outlier_threshold,
+        symmetric,
+    )
+
+
+def _linear_fake(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, tail_index: Tensor | None = None, *_: Any
+) -> Tensor:
+    check_devices("quantized_linear", x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
+    torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+torch.library.register_fake("ocsquant::quantized_linear", _linear_fake)
+torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
+
+
+def _folded_fake(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    input_inverse: Tensor,
+    input_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    *_: Any,
+) -> Tensor:
+    vectors = {"input_inverse": input_inverse, "input_shift": input_shift, "bias": bias, "tail_index": tail_index}
+    check_devices("scale_folded_linear", x=x, packed=packed, scale=scale, **vectors)
+    torch._check(x.dim() >= 1, lambda: "scale_folded_linear: x must have at least one dimension, got a scalar")
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+torch.library.register_fake("ocsquant::scale_folded_linear", _folded_fake)
+torch.library.register_fake("ocsquant::scale_folded_linear_train", _folded_fake)
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, _, tail_index, *_ = inputs
+    ctx.k = x.shape[-1]
+    ctx.save_for_backward(packed, scale, tail_index)
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale, tail_index = ctx.saved_tensors
+    dx = grad @ dequantize_packed(packed, scale, ctx.k, tail_index).to(grad.dtype)
+    return dx, None, None, None, None, None, None, None
+
+
+def _folded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scale, inverse, _, _, tail_index, *_ = inputs
+    ctx.k = x.shape[-1]
+    ctx.save_for_backward(packed, scale, inverse, tail_index)
+
+
+def _folded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, scale, inverse, tail_index = ctx.saved_tensors
+    weight = dequantize_packed(packed, scale, ctx.k, tail_index) * inverse
+    return grad @ weight.to(grad.dtype), *[None] * 11
+
+
+torch.library.register_autograd("ocsquant::quantized_linear_train", _linear_backward, setup_context=_linear_setup)
+torch.library.register_autograd("ocsquant::scale_folded_linear_train", _folded_backward, setup_context=_folded_setup)

@@ -1,0 +1,119 @@
+"""Weights as the kernels store them: packing, unpacking, dequantizing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ocsquant.layout import packed_shape
+from ocsquant.ops.library import check_devices, check_there, check_vector, compiled
+
+
+def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+    """Pack int8 weight codes into the layout the kernels read.
+
+    Args:
+        codes: int8 [n, k], one row per output, within -127..127.
+        tail: int8 [n, e], codes to be added to those of the channels that `tail_index` of `quantized_linear` names.
+
+    Returns:
+        uint8 [ceil(n / 64), b + ceil(b / 1024), 64, 4] with b = ceil(k / 4) + ceil(e / 4): panels of 64 outputs, in
+        each the codes + 128 in blocks of 4 channels, then bounds that tell the kernels where 16-bit sums suffice.
+    """
+    check_there("pack_weight", "codes", codes)
+    return compiled.pack_weight(codes, tail)
+
+
+def unpack_weight(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
+    """The codes int8 [n, k] and tail int8 [n, e] that `pack_weight` was given."""
+    check_there("unpack_weight", "packed", packed)
+    return compiled.unpack_weight(packed, n, k, e)
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes side by side in as few bytes as they need, for weights that are only stored quantized.
+
+    Args:
+        codes: uint8 [n, k], below 2^bits.
+        bits: 2..8.
+
+    Returns:
+        uint8 [n, ceil(k / 8) * bits]: eight codes in `bits` bytes, the first in the lowest bits.
+    """
+    check_there("pack_codes", "codes", codes)
+    return compiled.pack_codes(codes, bits)
+
+
+def dequantize_weight(
+    packed: Tensor,
+    scale: Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """The float32 matrix that packed codes stand for: (code - zero) * scale, or levels[code] * scale.
+
+    Args:
+        packed: from `pack_codes`, for n rows of k codes of `bits` bits.
+        scale: float32 [n, ceil(k / group_size)], one for every `group_size` columns.
+        k, bits, group_size: columns; 2..8 bits of a code; at least 1.
+        zero: float32, of the shape of `scale`, or None: 2^(bits - 1).
+        levels: int8 [1 or n, at most 2^bits], what codes are indices of (at most 6 bits), or None. An index beyond them
+            gives 0.
+        rows: int64 [m], which rows to give, in this order; None: all.
+
+    Returns:
+        float32 [n or m, k].
+    """
+    check_there("dequantize_weight", "packed", packed)
+    return compiled.dequantize_weight(packed, scale, k, bits, group_size, zero, levels, rows)
+
+
+def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None) -> Tensor:
+    """The float32 [n, k] matrix that a packed weight stands for."""
+    check_vector("dequantize_packed", "scale", scale, torch.float32)
+    if tail_index is not None:
+        check_vector("dequantize_packed", "tail_index", tail_index, torch.int32)
+    codes, tail = unpack_weight(packed, scale.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
+    check_devices("dequantize_packed", packed=packed, scale=scale, tail_index=tail_index)
+    total = codes.float()
+    if tail_index is not None:
+        total.index_add_(1, tail_index.long(), tail.float())
+    return total * scale[:, None]
+
+
+@torch.library.register_fake("ocsquant::pack_weight")
+def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+    check_devices("pack_weight", codes=codes, tail=tail)
+    n, k = codes.shape
+    e = 0 if tail is None else tail.shape[1]
+    return codes.new_empty(packed_shape(n, k, e), dtype=torch.uint8)
+
+
+@torch.library.register_fake("ocsquant::unpack_weight")
+def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
+    return packed.new_empty((n, k), dtype=torch.int8), packed.new_empty((n, e), dtype=torch.int8)
+
+
+@torch.library.register_fake("ocsquant::pack_codes")
+def _(codes: Tensor, bits: int) -> Tensor:
+    n, k = codes.shape
+    return codes.new_empty((n, -(-k // 8) * bits), dtype=torch.uint8)
+
+
+@torch.library.register_fake("ocsquant::dequantize_weight")
+def _(
+    packed: Tensor,
+    scale: Tensor,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    check_devices("dequantize_weight", packed=packed, scale=scale, zero=zero, levels=levels, rows=rows)
+    return scale.new_empty(((packed if rows is None else rows).shape[0], k))

@@ -1,0 +1,98 @@
+"""A linear layer in quantization-aware training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ocsquant.config import Weights
+from ocsquant.methods.grid import blocked, code_limit, usable_scale
+from ocsquant.nn.quantized import keeping_dtype
+from ocsquant.ops import fake_quantize_clip, fake_quantize_split
+from ocsquant.qat.config import Config
+from ocsquant.qat.penalty import Penalty
+
+Self = TypeVar("Self", bound="QATLinear")
+
+
+class QATLinear(nn.Linear):
+    """nn.Linear whose input passes a grid between learned clips, and whose output the kurtosis penalty can see.
+
+    Made by `ocsquant.qat.prepare`; `weight` and `bias` are those of the layer it was. Besides them: `clip_neg` and
+    `clip_pos`, float32 [1], parameters; `input_inverse`, float32 [in_features] or None, powers of two that the input
+    is multiplied by; `splits`, int32 [in_features] or None, how wide each input channel's weight codes are; `log`,
+    float64 [4], not in the state dict: what backward saw of the kurtosis. No dtype conversion touches these.
+    """
+
+    quantized_as = "linear"
+    clip_neg: nn.Parameter | None
+    clip_pos: nn.Parameter | None
+    input_inverse: Tensor | None
+    splits: Tensor | None
+    log: Tensor
+
+    def __init__(self, layer: nn.Linear, config: Config, penalty: Penalty | None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        for name in ("weight", "bias"):
+            self.register_parameter(name, layer._parameters[name])
+        self.config, self.penalty = config, penalty
+        for name in ("clip_neg", "clip_pos"):
+            clip = None if config.activation_bits is None else nn.Parameter(torch.zeros(1, dtype=torch.float32))
+            self.register_parameter(name, clip)
+        self.register_buffer("input_inverse", None)
+        self.register_buffer("splits", None)
+        self.register_buffer("log", torch.zeros(4, dtype=torch.float64), persistent=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        if self.penalty is not None and self.training and torch.is_grad_enabled() and y.requires_grad:
+            y = self.penalty.apply(y, self.config.kurtosis_target, self.log)
+        return y
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """What the weight is multiplied with."""
+        if self.input_inverse is not None:
+            x = x * self.input_inverse.to(x.dtype)
+        if self.clip_neg is None or self.clip_pos is None or self.config.activation_bits is None:
+            return x
+        return fake_quantize_clip(x, self.clip_neg, self.clip_pos, self.config.activation_bits, self.config.align_zero)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight, or what its codes stand for where it is trained through its rounding."""
+        bits, w = self.config.weight_bits, self.weight
+        if bits is None:
+            return w
+        size = self.config.weight_group_size or self.in_features
+        rows = w if size >= self.in_features else blocked(w, size).flatten(0, 1)
+        splits = self.splits
+        if splits is None:
+            splits = torch.ones(rows.shape[1], dtype=torch.int32)
+        with torch.no_grad():
+            scale = usable_scale((rows.float().abs() / splits).amax(1) / code_limit(bits))
+        rows = fake_quantize_split(rows, scale, splits, bits)
+        return rows if rows.shape == w.shape else rows.reshape(w.shape[0], -1)[:, : self.in_features]
+
+    @property
+    def trained_weights(self) -> Weights | None:
+        """How `convert` must round the weights to get what training saw; `splits` widens their channels."""
+        c = self.config
+        if c.weight_bits is None:
+            return None
+        if c.weight_group_size is None:
+            return Weights(bits=c.weight_bits)
+        return Weights(bits=c.weight_bits, granularity="group", group_size=c.weight_group_size)
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{super().extra_repr()}, activation_bits={c.activation_bits}, weight_bits={c.weight_bits}"
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own = [self.clip_neg, self.clip_pos, self.input_inverse, self.splits, self.log]
+        kept = {id(t) for t in own if t is not None} | {id(t.grad) for t in own[:2] if t is not None}
+        keep = keeping_dtype(fn)
+        return super()._apply(lambda t: keep(t) if id(t) in kept else fn(t), recurse)
