@@ -8,23 +8,25 @@ namespace {
 constexpr int kLanes = 64;
 constexpr int kVectors = kLanes / Simd::W;
 
-// Lanes l and l + 32 first, then + 16, ... + 1: the order the definition fixes.
-OCSQ_INLINE float reduce_lanes(float* lane) {
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int l = 0; l < width; ++l) lane[l] += lane[l + width];
-  }
-  return lane[0];
-}
-
+// Its loops are unrolled by order: GCC 12 would make them calls of memset and memcpy, and keep the sums in memory.
 struct LaneSum {
   Simd::F lane[kVectors];
   OCSQ_INLINE LaneSum() {
-    for (auto& l : lane) l = Simd::set1(0.0f);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) lane[v] = Simd::set1(0.0f);
   }
-  OCSQ_INLINE float total() const {
-    float all[kLanes];
-    for (int v = 0; v < kVectors; ++v) Simd::store(all + v * Simd::W, lane[v]);
-    return reduce_lanes(all);
+  // Lanes l and l + 32 first, then + 16, ... + 1: the order the definition fixes.
+  OCSQ_INLINE float total() const { return Simd::reduce_halves(folded<0, kVectors>()); }
+
+ private:
+  // The sum of the vectors from kFirst on: v and v + kCount / 2 first.
+  template <int kFirst, int kCount, int kStride = 1>
+  OCSQ_INLINE Simd::F folded() const {
+    if constexpr (kCount == 1) {
+      return lane[kFirst];
+    } else {
+      return Simd::add(folded<kFirst, kCount / 2, kStride * 2>(), folded<kFirst + kStride, kCount / 2, kStride * 2>());
+    }
   }
 };
 
@@ -34,9 +36,14 @@ OCSQ_INLINE void for_blocks(const float* x, int64_t k, Block& block, float pad =
   int64_t j = 0;
   for (; j + kLanes <= k; j += kLanes) block(x + j, j);
   if (j < k) {
+    // Not by memcpy: around a call the sums would go to memory and back.
     float padded[kLanes];
-    for (float& p : padded) p = pad;
-    std::memcpy(padded, x + j, (k - j) * sizeof(float));
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const int64_t at = j + v * Simd::W, left = k - at;
+      const int count = left > Simd::W ? Simd::W : left < 0 ? 0 : static_cast<int>(left);
+      Simd::store(padded + v * Simd::W, Simd::load_first(x + (left > 0 ? at : j), count, Simd::set1(pad)));
+    }
     block(padded, j);
   }
 }

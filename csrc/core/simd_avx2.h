@@ -9,6 +9,12 @@ struct Simd {
   using F = __m256;
   using I = __m256i;
   static OCSQ_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
+  // The first `count` values, then those of `rest`; nothing behind them is read.
+  static OCSQ_INLINE F load_first(const float* p, int count, F rest) {
+    const I place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const I mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), place);
+    return _mm256_blendv_ps(rest, _mm256_maskload_ps(p, mask), _mm256_castsi256_ps(mask));
+  }
   static OCSQ_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
   static OCSQ_INLINE F set1(float v) { return _mm256_set1_ps(v); }
   static OCSQ_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -23,6 +29,13 @@ struct Simd {
   }
   static OCSQ_INLINE F select_at_most(F a, F b, F x, F y) {
     return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+  }
+
+  // Lanes l and l + 4, then + 2, + 1.
+  static OCSQ_INLINE float reduce_halves(F v) {
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
   }
 
   static OCSQ_INLINE I zero_i() { return _mm256_setzero_si256(); }

@@ -9,6 +9,10 @@ struct Simd {
   using F = __m512;
   using I = __m512i;
   static OCSQ_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  // The first `count` values, then those of `rest`; nothing behind them is read.
+  static OCSQ_INLINE F load_first(const float* p, int count, F rest) {
+    return _mm512_mask_loadu_ps(rest, static_cast<__mmask16>((1u << count) - 1), p);
+  }
   static OCSQ_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
   static OCSQ_INLINE F set1(float v) { return _mm512_set1_ps(v); }
   static OCSQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -23,6 +27,15 @@ struct Simd {
   }
   static OCSQ_INLINE F select_at_most(F a, F b, F x, F y) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), y, x);
+  }
+
+  // Lanes l and l + 8, then + 4, + 2, + 1.
+  static OCSQ_INLINE float reduce_halves(F v) {
+    const __m256 top = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1));
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), top);
+    __m128 h = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    h = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
   }
 
   static OCSQ_INLINE I zero_i() { return _mm512_setzero_si512(); }

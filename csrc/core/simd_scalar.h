@@ -13,6 +13,8 @@ struct Simd {
   using F = float;
   using I = int32_t;
   static F load(const float* p) { return *p; }
+  // The first `count` values, then those of `rest`; nothing behind them is read.
+  static F load_first(const float* p, int count, F rest) { return count > 0 ? *p : rest; }
   static void store(float* p, F v) { *p = v; }
   static F set1(float v) { return v; }
   static F add(F a, F b) { return a + b; }
@@ -26,6 +28,8 @@ struct Simd {
   static F select_beyond(F q, F limit, F a, F b) { return std::fabs(q) > limit ? a : b; }
   // x where a <= b, else y, also where one of them is NaN.
   static F select_at_most(F a, F b, F x, F y) { return a <= b ? x : y; }
+
+  static float reduce_halves(F v) { return v; }
 
   static I zero_i() { return 0; }
   static I set1_i(int32_t v) { return v; }

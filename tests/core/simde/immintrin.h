@@ -72,9 +72,19 @@ inline uint32_t unequal_i16(simde__m512i a, simde__m512i b) {
   return out;
 }
 
+// Reads nothing of what is masked out.
+inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float* p) {
+  simde__m512_private out = simde__m512_to_private(rest);
+  for (int i = 0; i < 16; ++i) {
+    if (mask >> i & 1) out.f32[i] = p[i];
+  }
+  return simde__m512_from_private(out);
+}
+
 }  // namespace shim
 
 #define _mm512_cvtepi32_ps shim::to_float
+#define _mm512_mask_loadu_ps shim::load_some
 #define _mm512_cvtps_epi32 shim::to_int
 #define _mm512_reduce_max_epi32 shim::largest
 #define _mm512_reduce_add_epi32 shim::total
