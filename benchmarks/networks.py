@@ -237,6 +237,17 @@ def stories260k() -> tuple[Llama, list[Tensor], list[Tensor]] | None:
     return model.eval(), scored[:120], seen
 
 
+@cache
+def stories_tokens() -> Tensor | None:
+    """int64: the tokens of all stories, one after the other."""
+    vocabulary, text = data_file("stories260k/tok512.bin"), data_file("tinystories/tinystories_train_2MiB.txt")
+    if vocabulary is None or text is None:
+        return None
+    encode = Vocabulary(vocabulary)
+    stories = (story.strip() for story in text.read_text(encoding="utf-8").split("<|endoftext|>")[:-1])
+    return torch.tensor([token for story in stories if story for token in encode(story)])
+
+
 class Vocabulary:
     """llama2.c's tokenizer: characters, then the pair of neighbours with the best score is merged, again and again."""
 
@@ -249,9 +260,16 @@ class Vocabulary:
             self.ids.setdefault(raw[at + 8 : at + 8 + length], len(self.scores))
             self.scores.append(score)
             at += 8 + length
+        self.words: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        pieces = [character.encode() for character in " " + text]
+        # No entry holds a space but as its first character: a word is encoded by itself, once.
+        words = re.findall(" [^ ]*", " " + text)
+        self.words.update({word: self._encode(word) for word in set(words) - set(self.words)})
+        return [1, *(token for word in words for token in self.words[word])]
+
+    def _encode(self, word: str) -> list[int]:
+        pieces = [character.encode() for character in word]
         while True:
             found = {a + b for a, b in pairwise(pieces) if a + b in self.ids}
             if not found:
@@ -260,7 +278,7 @@ class Vocabulary:
             pieces = _merge(pieces, max(found, key=lambda piece: self.scores[self.ids[piece]]))
         # A character outside the vocabulary becomes its bytes; their tokens follow the three special ones.
         known = ([self.ids[p]] if p in self.ids else [byte + 3 for byte in p] for p in pieces)
-        return [1, *(token for tokens in known for token in tokens)]
+        return [token for tokens in known for token in tokens]
 
 
 def _merge(pieces: list[bytes], whole: bytes) -> list[bytes]:

@@ -282,6 +282,15 @@ def test_nested_anchors_and_unrelated_terms():
     assert silent(model)
 
 
+def test_an_output_changed_in_place_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    qat.prepare(model, qat.Config(clip_init=2.0))
+    with pytest.raises(RuntimeError, match="inplace"):
+        model(torch.randn(3, 8)).sum().backward()
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    qat.prepare(model, qat.Config(clip_init=2.0, kurtosis_weight=0.0))(torch.randn(3, 8)).sum().backward()
+
+
 def test_copies_and_evaluation():
     model = network("plain")
     x, y = data()

@@ -85,8 +85,16 @@ QAT_CASES = {
     "qat.with_kurtosis": Case(
         qat.with_kurtosis,
         {"model": PREPARED, "loss": torch.ones(1)},
-        {"model": NOT_PREPARED, "loss": {"range": torch.ones(2)}},
         {
+            "model": NOT_PREPARED,
+            "loss": {"range": torch.ones(2)},
+            "share": {"range": 1.5, "below": -0.1, "two": torch.ones(2)},
+        },
+        {
+            "share.dtype": "its value counts",
+            "share.rank": "one entry is one entry",
+            "share.size": "tried as two",
+            "share.device": "its value counts",
             "loss.dtype": "a loss may have any",
             "loss.rank": "one entry is one entry",
             "loss.device": "it is passed on",

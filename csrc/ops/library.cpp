@@ -34,6 +34,6 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
   m.def("kurtosis(Tensor y) -> Tensor");
   m.def("kurtosis_backward(Tensor grad, Tensor y) -> Tensor");
   m.def("kurtosis_inject(Tensor grad, Tensor y, Tensor scale, float weight, float target, Tensor(a!) log) -> Tensor");
-  m.def("kurtosis_anchor(Tensor grad, int penalty) -> Tensor");
+  m.def("kurtosis_anchor(Tensor grad, int penalty, Tensor? share=None) -> Tensor");
   m.def("cpu_isa() -> (str, str)");
 }

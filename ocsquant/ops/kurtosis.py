@@ -39,7 +39,7 @@ def _(grad: Tensor, y: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("ocsquant::kurtosis_anchor")
-def _(grad: Tensor, penalty: int) -> Tensor:
+def _(grad: Tensor, penalty: int, share: Tensor | None = None) -> Tensor:
     return torch.empty_like(grad)
 
 

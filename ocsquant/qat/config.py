@@ -29,7 +29,8 @@ class Config:
             * d / 64 * mean over tokens of max(K - kurtosis_target, 0), K the kurtosis of a token's outputs. 0: none.
         kurtosis_target: 0..1e6; 3 leaves what is no heavier than a Gaussian alone, 0 is the paper's penalty, whose
             minimum is at K = 1.
-        kurtosis_on: patterns of the layers that are penalized.
+        kurtosis_on: patterns of the layers that are penalized. Nothing may change their output in place, as
+            nn.ReLU(inplace=True) does: backward needs it, and torch refuses.
         skip: patterns of layers left alone. Patterns are those of `Recipe`.
         align_zero: keep 0 a level of every input's grid.
         fold: "channel" divides input channels that calibration shows to be large by a power of two first and

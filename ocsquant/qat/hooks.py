@@ -23,10 +23,18 @@ class BeginForward:
 class AnchorLoss:
     """A forward hook that passes `output.loss`, where there is one, through `with_kurtosis`."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         loss = getattr(output, "loss", None)
         if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1 and module.training:
-            output.loss = with_kurtosis(module, loss)
+            output.loss = with_kurtosis(module, loss, _share(kwargs))
+
+
+def _share(kwargs: dict[str, Any]) -> Tensor | None:
+    """Of the accumulated batch, where transformers says how many tokens that has."""
+    items, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return None
+    return (labels[..., 1:] != -100).sum() / items
 
 
 def hook_root(model: nn.Module) -> Change:
@@ -41,7 +49,7 @@ def unhook_root(model: nn.Module) -> Change:
 
 def _add(model: nn.Module) -> None:
     model.register_forward_pre_hook(BeginForward())
-    model.register_forward_hook(AnchorLoss())
+    model.register_forward_hook(AnchorLoss(), with_kwargs=True)
 
 
 def _remove(model: nn.Module) -> None:
@@ -49,3 +57,4 @@ def _remove(model: nn.Module) -> None:
     for hooks in (model._forward_pre_hooks, model._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (BeginForward, AnchorLoss))]:
             del hooks[key]
+            model._forward_hooks_with_kwargs.pop(key, None)

@@ -30,7 +30,7 @@ def _penalties(model: nn.Module) -> list[Penalty]:
     return found
 
 
-def with_kurtosis(model: nn.Module, loss: Tensor) -> Tensor:
+def with_kurtosis(model: nn.Module, loss: Tensor, share: float | Tensor | None = None) -> Tensor:
     """The loss, unchanged; its backward adds the kurtosis penalty's gradient in the layers of a prepared model.
 
     Whatever factor the loss gets afterwards (accumulation, a GradScaler) the penalty gets too. Works in eager mode,
@@ -40,6 +40,8 @@ def with_kurtosis(model: nn.Module, loss: Tensor) -> Tensor:
     Args:
         model: of `prepare`, or one that holds it (DDP, a compiled model).
         loss: a tensor of one entry that was computed from the model's output.
+        share: how much of an accumulated batch this one is, 0..1 (a number, or a tensor of one entry), for a loop that
+            sums losses already divided by the whole batch's tokens, as transformers' Trainer does. None: 1.
 
     Raises:
         PenaltyError: this forward's `kurtosis_loss` was taken already: the penalty would count twice.
@@ -47,12 +49,19 @@ def with_kurtosis(model: nn.Module, loss: Tensor) -> Tensor:
     check_type("loss", loss, Tensor, "a tensor")
     if loss.numel() != 1:
         raise ArgumentError("loss", "a tensor of one entry", list(loss.shape))
+    if isinstance(share, Tensor):
+        if share.numel() != 1:
+            raise ArgumentError("share", "a number or a tensor of one entry", list(share.shape))
+        share = share.detach().reshape(()).float()
+    elif share is not None:
+        check_number("share", share, 0.0, 1.0)
+        share = torch.tensor(float(share))
     for penalty in _penalties(model):
         if not torch.compiler.is_compiling():
             if penalty.explicit:
                 raise PenaltyError("kurtosis_loss and with_kurtosis in one step would count the penalty twice")
             penalty.anchored = True
-        loss = Anchor.apply(loss, penalty.handle)
+        loss = Anchor.apply(loss, penalty.handle, share)
     return loss
 
 

@@ -114,23 +114,24 @@ class Anchor(torch.autograd.Function):
     """The identity; backward tells the penalty what gradient the loss gets."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, handle: int) -> Tensor:
-        ctx.handle = handle
-        return loss.view_as(loss)
+    def forward(ctx: Any, loss: Tensor, handle: int, share: Tensor | None) -> Tensor:
+        ctx.handle, ctx.share = handle, share
+        return loss.clone()  # transformers' Trainer multiplies it in place, which a view made here would not bear
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _anchor(grads[0], ctx.handle), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _anchor(grads[0], ctx.handle, ctx.share), None, None
 
 
 @torch.library.impl("ocsquant::kurtosis_anchor", "CPU")
-def _(grad: Tensor, penalty: int) -> Tensor:
+def _(grad: Tensor, penalty: int, share: Tensor | None = None) -> Tensor:
     # The penalty is named by a number, not passed as a tensor to be mutated: a compiler would hand over a copy. That
     # the layers' backward comes later follows from the graph: their gradients are computed from this one.
     found = _penalties.get(penalty)
     if found is not None and torch._C._current_graph_task_id() != -1:
         # Through .data: the scale is a saved tensor of the layers' backward.
-        found.scale.data.copy_(grad.detach().reshape(()).float() * found.weight)
+        factor = grad.detach().reshape(()).float() * found.weight
+        found.scale.data.copy_(factor if share is None else factor * share)
         torch.autograd.Variable._execution_engine.queue_callback(_Clear(found.scale))
     return grad.clone()
 
