@@ -34,6 +34,7 @@ WEIGHTS = {
     "W4g": Weights(bits=4, symmetric=False, rounding="gptq"),
     "W3g": Weights(bits=3, symmetric=False, rounding="gptq"),
     "W4s": Weights(bits=4, rounding="gptq"),
+    "W4k": Weights(bits=4, codebook="kmeans", clip="output", rounding="gptq"),
 }
 
 

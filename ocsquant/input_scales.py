@@ -59,7 +59,8 @@ def _fix(target: Target, seen: InputStatistics) -> None:
             _per_token(target, f"output error {token / folded:.2f} of that with folded scales")
             return
     if not a.symmetric:
-        target.transform = ClippedInput.between(seen.minimum.min(), seen.maximum.max(), a.bits, align_zero=True)
+        low, high = seen.minimum.min(), seen.maximum.max()
+        target.transform = ClippedInput.between(low.clamp(max=0.0), high.clamp(min=0.0), a.bits, align_zero=True)
         return
     if a.split is not None:
         target.copies = _copies(a.split, target.recipe.weights, matrix, seen)

@@ -130,7 +130,7 @@ def make_plan(
     paths = [path for place in places for path in place.paths]
     check_used("ignore", ignore, paths)
     check_used("overrides", overrides, paths)
-    holders = _parameter_holders(model)
+    holders = parameter_holders(model)
     mixed = len({w.requires_grad for w in _weights(places)}) > 1
     targets: list[Target] = []
     skipped: list[tuple[str, str, str]] = []
@@ -151,7 +151,7 @@ def make_plan(
         else:
             skipped.append((place.paths[0], type(place.module).__name__, reason))
     if not targets:
-        raise NothingToQuantizeError(_nothing(model, Counter(reason for _, _, reason in skipped)))
+        raise NothingToQuantizeError(_nothing(model, skipped))
     return Plan(targets, skipped)
 
 
@@ -167,34 +167,38 @@ def _places(model: nn.Module) -> list[Place]:
     return list(places.values())
 
 
-def linear_places(model: nn.Module, skip: tuple[str, ...], check: bool) -> list[tuple[list[str], nn.Linear]]:
-    """Paths and module of every nn.Linear that may be replaced and that no pattern of `skip` covers.
+def linear_places(
+    model: nn.Module, skip: tuple[str, ...], check: bool
+) -> tuple[list[tuple[list[str], nn.Linear]], list[tuple[str, str, str]]]:
+    """Paths and module of every nn.Linear that may be replaced; path, type and reason of those that may not.
 
-    check: raise ArgumentError for a pattern that matches nothing. Raises NothingToQuantizeError where none is left.
+    check: raise ArgumentError for a pattern of `skip` that matches nothing. Raises NothingToQuantizeError where none is
+    left.
     """
     places = _places(model)
     if check:
         check_used("config.skip", skip, [path for place in places for path in place.paths])
-    holders = _parameter_holders(model)
-    found, reasons = [], Counter[str]()
+    holders = parameter_holders(model)
+    found: list[tuple[list[str], nn.Linear]] = []
+    skipped: list[tuple[str, str, str]] = []
     for place in places:
         if not isinstance(place.module, nn.Linear):
             continue
         reason = "it has a forward of its own" if kind_of(place.module) is None else None
-        reason = reason or _module_problem(place, False) or _weight_problem(place.module, holders)
-        reason = reason or _parent_problem(place)
+        reason = reason or _module_problem(place) or _weight_problem(place.module, holders) or _parent_problem(place)
         if any(covers(pattern, place.paths) for pattern in skip):
             reason = "skipped by pattern"
         if reason is None:
             found.append((place.paths, place.module))
         else:
-            reasons[reason] += 1
+            skipped.append((place.paths[0], type(place.module).__name__, reason))
     if not found:
-        raise NothingToQuantizeError(_nothing(model, reasons))
-    return found
+        raise NothingToQuantizeError(_nothing(model, skipped))
+    return found, skipped
 
 
-def _nothing(model: nn.Module, reasons: Counter[str]) -> str:
+def _nothing(model: nn.Module, skipped: list[tuple[str, str, str]]) -> str:
+    reasons = Counter(reason for _, _, reason in skipped)
     text = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
     return f"nothing to quantize in {type(model).__name__}: {text or 'it has no layer with weights'}"
 
@@ -213,7 +217,8 @@ def _ask(filter_fn: Callable[[nn.Module, str], bool], module: nn.Module, path: s
     return answer
 
 
-def _parameter_holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+def parameter_holders(model: nn.Module) -> dict[int, list[nn.Module]]:
+    """The modules that hold a parameter, by its id."""
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -239,7 +244,11 @@ def _judge(
             return None, None
         own = any(isinstance(module, base) for bases in KINDS.values() for base in bases)
         return "it has a forward of its own" if own else "no quantized form for this type", "other"
-    reason = _module_problem(place, named) or _weight_problem(module, holders) or _parent_problem(place)
+    reason = (
+        _module_problem(place, named, ": name it in overrides to quantize it")
+        or _weight_problem(module, holders)
+        or _parent_problem(place)
+    )
     if reason is None and not simulate and recipe.weights.bits is not None:
         reason = kernel_problem(module, kind, recipe, named)
     if reason is None and recipe.weights.bits is None:
@@ -247,12 +256,12 @@ def _judge(
     return reason, kind
 
 
-def _module_problem(place: Place, named: bool) -> str | None:
+def _module_problem(place: Place, named: bool = False, hint: str = "") -> str | None:
     module = place.module
     if "forward" in module.__dict__:
         return "its forward is replaced on the instance (accelerate and kin): remove that first"
     if type(module).__module__.partition(".")[0] != "torch" and not named:
-        return f"{type(module).__name__} is a subclass, which may have more to it: name it in overrides to quantize it"
+        return f"{type(module).__name__} is a subclass, which may have more to it{hint}"
     return None
 
 

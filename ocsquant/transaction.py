@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +12,7 @@ HOOKS = (
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
 
+T = TypeVar("T")
 Change = tuple[Callable[[], Any], Callable[[], Any]]  # do, undo
 
 
@@ -63,20 +63,37 @@ def set_attribute(module: nn.Module, name: str, value: Any) -> Change:
 
 def commit(changes: list[Change]) -> None:
     """Make every change; if anything interrupts, KeyboardInterrupt included, take back those already begun."""
-    with applied(changes):
-        pass
-
-
-@contextlib.contextmanager
-def applied(changes: list[Change]) -> Iterator[None]:
-    """`commit`, and take the changes back too if the block under it fails."""
     begun: list[Callable[[], Any]] = []
     try:
         for do, undo in changes:
             begun.append(undo)
             do()
-        yield
     except BaseException:
-        for undo in reversed(begun):
-            undo()
+        _take_back(begun)
         raise
+
+
+def temporarily(changes: list[Change], action: Callable[[], T]) -> T:
+    """What `action` returns with the changes made, which are taken back in any case, whatever interrupts."""
+    undos = [undo for _, undo in changes]
+    commit(changes)
+    try:
+        return action()
+    finally:
+        try:
+            _take_back(undos)
+        except BaseException:
+            _take_back(undos)  # each may be done twice
+            raise
+
+
+def _take_back(undos: list[Callable[[], Any]]) -> None:
+    """All of them, even if one fails."""
+    failed: BaseException | None = None
+    for undo in reversed(undos):
+        try:
+            undo()
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed

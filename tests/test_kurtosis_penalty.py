@@ -4,7 +4,11 @@ A lost, doubled or leaked penalty changes the gradient by a tenth or more; all s
 """
 
 import copy
+import gc
 import os
+import weakref
+from collections import namedtuple
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -146,14 +150,11 @@ def test_the_gradient_is_that_of_the_explicit_loss(setting, kind):
     # Without the anchor, nothing: neither from the step before nor by itself.
     model.zero_grad()
     x, y = data()
-    for p in (layers := [m for m in model.modules() if isinstance(m, qat.QATLinear)]):
-        p.log.zero_()
     cross_entropy((model if run is None else run)(x.requires_grad_()), y).backward()
     plain = gradient(model)
     qat.set_kurtosis_weight(model, 0.0)
     model.zero_grad()
     assert distance(step(model, run), plain) <= 1e-6
-    assert all(layer.log[3] == 0 for layer in layers)
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -251,6 +252,69 @@ def test_kurtosis_loss_is_the_same_penalty(kind):
     assert distance(gradient(model), explicit(kind, 4)) <= 1e-6
 
 
+def test_a_part_of_the_outputs_is_not_taken_for_the_whole():
+    model = network("plain")
+    model.blocks[0].reentrant = False
+    x, y = data()
+    loss = cross_entropy(model(x), y)
+    with pytest.raises(ocsquant.PenaltyError, match=r"blocks\.0\.up"):
+        qat.kurtosis_loss(model)
+    qat.with_kurtosis(model, loss).backward()
+    assert distance(gradient(model), explicit("plain")) <= 1e-6
+
+
+def test_a_layer_that_no_token_reached_adds_nothing():
+    model = qat.prepare(nn.Linear(8, 8), qat.Config(clip_init=2.0, kurtosis_target=0.0))
+    full, empty = torch.randn(4, 8), torch.randn(0, 8)
+    model(full)
+    alone = qat.kurtosis_loss(model)
+    model(full)
+    kept = next(iter(model.penalty.outputs.values()))
+    kept.append(nn.functional.linear(empty, model.weight))
+    assert torch.equal(qat.kurtosis_loss(model), alone)
+    model(empty)
+    assert qat.kurtosis_loss(model) == 0
+
+
+def test_an_interrupted_backward_leaves_nothing():
+    model = network("plain")
+    x, y = data()
+
+    def fail(grad):
+        raise KeyboardInterrupt
+
+    loss = qat.with_kurtosis(model, cross_entropy(model(x), y))
+    handle = model.blocks[0].down.weight.register_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        loss.backward()
+    handle.remove()
+    assert not silent(model)
+    model.zero_grad()
+    cross_entropy(model(x), y).backward()
+    got = gradient(model)
+    qat.set_kurtosis_weight(model, 0.0)
+    model.zero_grad()
+    assert distance(step(model), got) <= 1e-6
+
+
+def test_a_forward_without_backward_does_not_keep_the_model():
+    model = network("plain")
+    x, _ = data()
+    model(x)
+    weight = weakref.ref(model.blocks[0].up.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+def test_a_second_derivative_is_refused():
+    model = network("plain")
+    x, y = data()
+    loss = qat.with_kurtosis(model, cross_entropy(model(x), y))
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+
+
 def test_both_ways_in_one_step_are_refused():
     model = network("plain")
     x, y = data()
@@ -309,20 +373,42 @@ def test_copies_and_evaluation():
         assert not qat.with_kurtosis(model, cross_entropy(model(x), y)).requires_grad
 
 
-def test_an_output_with_a_loss_is_anchored_by_itself():
-    class Output:
-        def __init__(self, loss):
-            self.loss = loss
+Named = namedtuple("Named", ["loss", "logits"])
 
+
+@dataclass(frozen=True)
+class Frozen:
+    loss: torch.Tensor
+
+
+@dataclass
+class Plain:
+    loss: torch.Tensor
+
+
+OUTPUTS = {
+    "object": Plain,
+    "frozen": Frozen,
+    "named tuple": lambda loss: Named(loss, None),
+    "mapping": lambda loss: {"loss": loss},
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_an_output_with_a_loss_is_anchored_by_itself(kind):
     class WithLoss(Net):
         def forward(self, x, y):
-            return Output(cross_entropy(super().forward(x), y))
+            return OUTPUTS[kind](cross_entropy(super().forward(x), y))
 
     torch.manual_seed(0)
     config = qat.Config(clip_init=2.5, kurtosis_weight=WEIGHT, kurtosis_target=0.0, skip=("head",))
     model = qat.prepare(WithLoss(), config)
-    model(*data()).loss.backward()
+    output = model(*data())
+    loss = output["loss"] if kind == "mapping" else output.loss
+    loss.backward()
     assert distance(gradient(model), explicit("plain")) <= 1e-6
+    qat.convert(nn.ModuleDict({"inside": model}))
+    model(*data())  # no hook is left that would look for the penalty
 
 
 def _worker(rank: int, path: str, compiled: bool, results) -> None:

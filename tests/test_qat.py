@@ -265,6 +265,98 @@ def test_an_idle_penalty_is_reported():
         qat.convert(model)
 
 
+def test_the_idle_warning_knows_the_explicit_loss_and_a_schedule():
+    model = qat.prepare(network(), Config(clip_init=2.0))
+    (model(torch.randn(4, 24)).square().mean() + qat.kurtosis_loss(model)).backward()
+    other = qat.prepare(network(), Config(clip_init=2.0))
+    qat.set_kurtosis_weight(other, 0.0)
+    train(other, 1)
+    qat.set_kurtosis_weight(other, 1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        qat.kurtosis_report(model)
+        qat.kurtosis_report(other)
+
+
+def test_weights_that_are_shared_are_not_folded():
+    """Neither by two layers that are prepared nor with one that is left."""
+    for skip in (("2",), ("lm_head",)):
+        model = nn.Sequential(nn.Linear(24, 24, bias=False), nn.SiLU(), nn.Linear(24, 24, bias=False))
+        model[2].weight = model[0].weight
+        weight = model[0].weight.detach().clone()
+        data = [b * torch.linspace(0.1, 20, 24) for b in batches()]
+        qat.prepare(model, Config(fold="channel", skip=skip), calibration=data)
+        assert model[0].input_inverse is None
+        assert torch.equal(model[0].weight, weight)
+        assert model[0].weight is model[2].weight
+
+
+def test_what_a_layer_carries_stays_with_it():
+    model = network()
+    model[0].rate = 2.0
+    seen = []
+    model[0].register_forward_hook(lambda *a: seen.append(1))
+    qat.prepare(model, Config(clip_init=2.0))
+    model(torch.randn(3, 24))
+    assert model[0].rate == 2.0
+    assert seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_dtypes_are_widened(dtype):
+    model = qat.prepare(network(), Config(clip_init=2.0, weight_bits=4)).to(dtype)
+    y = model(torch.randn(4, 24, dtype=dtype))
+    assert y.dtype == dtype
+    qat.with_kurtosis(model, y.square().mean()).backward()
+    assert model[0].weight.grad.dtype == dtype
+    assert model[0].weight.grad.isfinite().all()
+
+
+def test_a_fold_that_would_overflow_is_refused():
+    model = nn.Sequential(nn.Linear(24, 24)).half()
+    model[0].weight.data[:, 3] = 100.0
+    data = [torch.randn(9, 24).mul(torch.tensor([5000.0 if i == 3 else 1.0 for i in range(24)])).half()]
+    with pytest.raises(ocsquant.NonFiniteError, match=r"0\.weight, folded"):
+        qat.prepare(model, Config(fold="channel"), calibration=data)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        model = qat.prepare(network().float(), Config(), calibration=[b.float() for b in batches()])
+        y = qat.convert(model)(torch.randn(3, 24, dtype=torch.float32))
+        assert y.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_weights_alone():
+    for config in (Config(activation_bits=None, weight_bits=4), Config(None, 3, weight_group_size=8)):
+        model = qat.prepare(network(), config)
+        train(model)
+        x = torch.randn(5, 24)
+        expected = model.eval()(x).detach()
+        torch.testing.assert_close(qat.convert(model)(x), expected, rtol=1e-5, atol=1e-5)
+        assert isinstance(model[0], ocsquant.nn.WeightOnly)
+
+
+def test_the_report_lists_what_was_prepared_and_what_not():
+    class Own(nn.Linear):
+        pass
+
+    model = network()
+    model.append(Own(16, 16))
+    qat.prepare(model, Config(clip_init=2.0))
+    text = str(ocsquant.report(model))
+    assert "rounded in training" in text
+    assert "Own is a subclass" in text
+    assert "overrides" not in text
+    qat.convert(model)
+    assert "Own is a subclass" in str(ocsquant.report(model))
+
+
 def test_attention_and_encoder_layers():
     torch.manual_seed(0)
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), 2)

@@ -13,6 +13,7 @@ from networks import NETWORKS, Network, snapshot
 from torch import nn
 
 import ocsquant
+from ocsquant import qat
 
 PACKAGE = str(Path(ocsquant.__file__).parent)
 
@@ -161,3 +162,21 @@ def test_the_sweep_sees_a_change() -> None:
 
     with pytest.raises(AssertionError, match="changed by a failure in quantize"):
         sweep(lambda: nn.Linear(128, 32), careless)
+
+
+def prepare(network: Network) -> Callable[[nn.Module], nn.Module]:
+    config = qat.Config(clip_init="percentile", fold="channel", weight_bits=4, split=ocsquant.OCS(0.1))
+    batches = [network.inputs()]
+    return lambda model: qat.prepare(model, config, calibration=batches)
+
+
+@pytest.mark.parametrize("name", ["encoder", "tied head", "root linear"])
+def test_prepare_and_convert_interrupted_at_every_call(name: str) -> None:
+    network = NETWORKS[name]
+    action = prepare(network)
+    model, failures = sweep(network.fresh, action)
+    assert failures > 50
+    expected = network.output(model)
+    model, failures = sweep(lambda: action(network.fresh()), qat.convert)
+    assert failures > 50
+    torch.testing.assert_close(network.output(model), expected, rtol=1e-3, atol=1e-3)

@@ -96,8 +96,8 @@ Tensor kurtosis_inject(const Tensor& grad, const Tensor& y, const Tensor& scale,
              ": grad must have the shape and dtype of y");
   check_tensor(kOp, "scale", scale, ScalarType::Float, 0);
   check_tensor(kOp, "log", log, ScalarType::Double, 1);
-  OCSQ_CHECK(log.numel() == 4 && log.is_contiguous(), kOp,
-             ": log must have 4 contiguous entries: the sum of K, rows, calls, calls with a scale; got ", log.numel());
+  OCSQ_CHECK(log.numel() == 3 && log.is_contiguous(), kOp,
+             ": log must have 3 contiguous entries: the sum of K, rows, calls; got ", log.numel());
   const Tensor dense_grad = dense(grad), dense_y = dense(y);
   Tensor out = empty_cpu(sizes_of(y), y.scalar_type());
   if (rows.n == 0) return out;
@@ -112,7 +112,6 @@ Tensor kurtosis_inject(const Tensor& grad, const Tensor& y, const Tensor& scale,
   for (int64_t r = 0; r < rows.n; ++r) sums[0] += k[r];
   sums[1] += static_cast<double>(rows.n);
   sums[2] += 1.0;
-  sums[3] += strength != 0.0f;
   return out;
 }
 

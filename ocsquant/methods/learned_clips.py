@@ -15,6 +15,10 @@ STEPS = 24  # positions of each clip in a round of the search, to either side
 ROUNDS = 4
 
 
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")  # whatever the default is
+
+
 @dataclass(frozen=True)
 class ClippedInput:
     """u = x_k i_k, i powers of two, becomes q step + low, where q = rint((clamp(u, low, high) - low) / step).
@@ -36,8 +40,8 @@ class ClippedInput:
     ) -> ClippedInput:
         """Of two float32 clips of one entry each."""
         low, high = low.detach().float().reshape(()), high.detach().float().reshape(())
-        levels = torch.tensor(float(2**bits - 1))
-        least = (torch.tensor(1e-6) * torch.maximum(low.abs(), high.abs())).clamp(min=1e-12)
+        levels = _scalar(2**bits - 1)
+        least = (_scalar(1e-6) * torch.maximum(low.abs(), high.abs())).clamp(min=1e-12)
         high = torch.where(high - low < least, low + least, high)
         width = high - low
         step, inverse = width / levels, levels / width
@@ -68,7 +72,11 @@ class ClippedInput:
         The grid's lower end adds the same to every output of a row; the sum is that of the quantized weights, so that
         the result is the one training saw.
         """
-        ones = torch.ones(quantized.codes.shape[1]) if self.input_inverse is None else self.input_inverse
+        ones = (
+            torch.ones(quantized.codes.shape[1], dtype=torch.float32)
+            if self.input_inverse is None
+            else self.input_inverse
+        )
         middle = self.low.double() + 2 ** (self.bits - 1) * self.step.double()
         moved = quantized.dequantize().double().sum(1) * middle
         total = moved if bias is None else moved + bias.double()
@@ -93,7 +101,7 @@ def mse_clips(values: Tensor, bits: int, align_zero: bool) -> tuple[float, float
         return low, high
 
     def error(a: float, b: float) -> float:
-        grid = ClippedInput.between(torch.tensor(a), torch.tensor(b), bits, align_zero)
+        grid = ClippedInput.between(_scalar(a), _scalar(b), bits, align_zero)
         return float((grid.apply(flat) - flat).square().sum(dtype=torch.float64))
 
     best, span = error(low, high), reach

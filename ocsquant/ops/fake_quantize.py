@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import check_devices, check_flag, compiled, wants_gradient
+from ocsquant.ops.library import check_devices, check_flag, check_once, compiled, wants_gradient
 
 _fake_quantize_split = compiled.fake_quantize_split.default
 _fake_quantize_clip = compiled.fake_quantize_clip.default
@@ -42,6 +42,7 @@ class _FakeQuantizeClip(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_once("fake_quantize_clip")
         dx, dneg, dpos = _fake_quantize_clip_backward(grads[0], *ctx.saved_tensors, ctx.bits, ctx.align_zero)
         return dx, dneg, dpos, None, None
 
@@ -58,7 +59,8 @@ def fake_quantize_clip(x: Tensor, clip_neg: Tensor, clip_pos: Tensor, bits: int,
         clip_neg, clip_pos: float32 or bfloat16, one entry each. Where c+ - c- is less than 1e-6 of the larger one's
             magnitude (or 1e-12), c+ is taken to be that much above c-; the gradients stay as above.
         bits: 2..8.
-        align_zero: move the grid by less than a step, so that 0 lies on it; the paper's does not.
+        align_zero: move the grid by less than a step, so that 0, where the clips enclose it, is a level; the paper's
+            does not.
     """
     check_flag("fake_quantize_clip", "align_zero", align_zero)
     if wants_gradient(x) or wants_gradient(clip_neg) or wants_gradient(clip_pos):

@@ -27,16 +27,6 @@ def _load() -> None:
 
 
 _load()
-_ops = torch.ops.ocsquant
-# Going through the packet instead of the overload costs 0.4 us a call.
-_quantized_linear = _ops.quantized_linear.default
-_quantized_linear_train = _ops.quantized_linear_train.default
-_scale_folded_linear = _ops.scale_folded_linear.default
-_scale_folded_linear_train = _ops.scale_folded_linear_train.default
-_fake_quantize_split = _ops.fake_quantize_split.default
-
-
-_load()
 compiled = torch.ops.ocsquant
 
 
@@ -59,6 +49,12 @@ def check_flag(op: str, name: str, value: object) -> None:
     """The dispatcher takes None and numbers for a bool."""
     if value is not True and value is not False:
         raise RuntimeError(f"{op}: {name} must be True or False, got {value!r}")
+
+
+def check_once(op: str) -> None:
+    """Raise in a backward that is itself recorded: torch would take what it computes for constant."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{op}: its gradient cannot be differentiated (create_graph=True)")
 
 
 def check_vector(op: str, name: str, tensor: object, dtype: torch.dtype) -> None:

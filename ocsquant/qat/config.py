@@ -23,8 +23,8 @@ class Config:
         weight_group_size: 8..131072 inputs that share a step of an output's weights; None: all of them.
         split: an `OCS(expand_ratio)`: the input channels with the largest weights get codes as wide as their copies
             would have together (with weight_bits, without weight_group_size).
-        clip_init: "mse" (least squared error on calibration data), "percentile" (its 0.1 and 99.9 percentiles), "max"
-            (its range), or a number c for +-c, which needs no data.
+        clip_init: "mse" (least squared error on 128 tokens of the calibration data), "percentile" (their 0.1 and 99.9
+            percentiles), "max" (the range of all), or a number c for +-c, which needs no data.
         kurtosis_weight: 0..1e6, the penalty's factor, quoted for 64 outputs: a layer of d outputs adds kurtosis_weight
             * d / 64 * mean over tokens of max(K - kurtosis_target, 0), K the kurtosis of a token's outputs. 0: none.
         kurtosis_target: 0..1e6; 3 leaves what is no heavier than a Gaussian alone, 0 is the paper's penalty, whose
@@ -32,9 +32,9 @@ class Config:
         kurtosis_on: patterns of the layers that are penalized. Nothing may change their output in place, as
             nn.ReLU(inplace=True) does: backward needs it, and torch refuses.
         skip: patterns of layers left alone. Patterns are those of `Recipe`.
-        align_zero: keep 0 a level of every input's grid.
+        align_zero: keep 0, where it lies between the clips, a level of every input's grid.
         fold: "channel" divides input channels that calibration shows to be large by a power of two first and
-            multiplies their weights by it, which changes no output; "none".
+            multiplies their weights by it, which changes no output (not where two layers share a weight); "none".
     """
 
     activation_bits: int | None = 4

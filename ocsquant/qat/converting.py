@@ -10,14 +10,14 @@ from torch import nn
 
 from ocsquant import reporting
 from ocsquant.building import build
-from ocsquant.config import Activations, PerTensorStatic, PerToken, Recipe, Weights, check_type
+from ocsquant.config import Activations, PerTensorStatic, Recipe, Weights, check_type
 from ocsquant.errors import ArgumentError, NonFiniteError, UnsupportedModuleError
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.observers import statistics_of
 from ocsquant.planning import Plan, Target, kernel_problem
 from ocsquant.progress import bar_of, layer_bar
-from ocsquant.qat.hooks import unhook_root
+from ocsquant.qat.hooks import unhook
 from ocsquant.qat.linear import QATLinear
 from ocsquant.qat.losses import warn_if_idle
 from ocsquant.transaction import commit, inherit, set_attribute
@@ -34,7 +34,8 @@ def convert(
     """Turn a trained model's `QATLinear` layers into quantized ones, in place, and return the model.
 
     An input is quantized to the very codes that training rounded it to; the output differs from that of training with
-    the same rounded weights by float32 rounding alone.
+    the same rounded weights by float32 rounding alone (in bfloat16 by its own). Where inputs were not trained to be
+    rounded, weights alone are: stored in their bits, dequantized as they are used.
 
     Args:
         model: of `prepare`, trained. If anything fails, it is left exactly as it was.
@@ -76,7 +77,8 @@ def convert(
             return with_hessians(model, layer_bar(targets, progress), calibration, bar)
 
         changes, lines = build(model, Plan(targets, []), simulate, in_turn)
-        commit([*changes, unhook_root(model), set_attribute(model, reporting.ATTRIBUTE, tuple(lines))])
+        lines += [line for line in model.__dict__.get(reporting.ATTRIBUTE) or () if line.kernel is None]
+        commit([*changes, *unhook(model), set_attribute(model, reporting.ATTRIBUTE, tuple(lines))])
     return model
 
 
@@ -94,10 +96,10 @@ def _target(path: str, layer: QATLinear, weights: Weights | None, simulate: bool
     return Target(layer, source, "linear", recipe, path, transform, copies)
 
 
-def _inputs(path: str, layer: QATLinear) -> tuple[ClippedInput | None, Activations]:
+def _inputs(path: str, layer: QATLinear) -> tuple[ClippedInput | None, Activations | None]:
     bits, low, high = layer.config.activation_bits, layer.clip_neg, layer.clip_pos
     if bits is None or low is None or high is None:
-        return None, PerToken()
+        return None, None
     for name, clip in (("clip_neg", low), ("clip_pos", high)):
         if not bool(clip.isfinite().all()):
             raise NonFiniteError(f"{path}.{name}".lstrip("."), 1, 0)

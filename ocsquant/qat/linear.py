@@ -17,6 +17,7 @@ from ocsquant.qat.config import Config
 from ocsquant.qat.penalty import Penalty
 
 Self = TypeVar("Self", bound="QATLinear")
+KERNELS = (torch.float32, torch.bfloat16)  # other dtypes are widened on the way in
 
 
 class QATLinear(nn.Linear):
@@ -24,8 +25,8 @@ class QATLinear(nn.Linear):
 
     Made by `ocsquant.qat.prepare`; `weight` and `bias` are those of the layer it was. Besides them: `clip_neg` and
     `clip_pos`, float32 [1], parameters; `input_inverse`, float32 [in_features] or None, powers of two that the input
-    is multiplied by; `splits`, int32 [in_features] or None, how wide each input channel's weight codes are; `log`,
-    float64 [4], not in the state dict: what backward saw of the kurtosis. No dtype conversion touches these.
+    is multiplied by; `splits`, int32 [in_features] or None, how wide each input channel's weight codes are. No dtype
+    conversion touches these. `log`, float64 [3], is what this process's backward saw: the sum of K, tokens, calls.
     """
 
     quantized_as = "linear"
@@ -36,22 +37,24 @@ class QATLinear(nn.Linear):
     log: Tensor
 
     def __init__(self, layer: nn.Linear, config: Config, penalty: Penalty | None) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        for name in ("weight", "bias"):
-            self.register_parameter(name, layer._parameters[name])
+        # All that the layer has, what its user gave it included; only the tables that get more entries are copies.
+        self.__dict__.update(layer.__dict__)
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = layer.__dict__[table].copy()
         self.config, self.penalty = config, penalty
         for name in ("clip_neg", "clip_pos"):
             clip = None if config.activation_bits is None else nn.Parameter(torch.zeros(1, dtype=torch.float32))
             self.register_parameter(name, clip)
         self.register_buffer("input_inverse", None)
         self.register_buffer("splits", None)
-        self.register_buffer("log", torch.zeros(4, dtype=torch.float64), persistent=False)
+        # No buffer: DDP would overwrite it with that of the first process.
+        self.log = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
         if self.penalty is not None and self.training and torch.is_grad_enabled() and y.requires_grad:
-            y = self.penalty.apply(y, self.config.kurtosis_target, self.log)
+            target, wide = self.config.kurtosis_target, y if y.dtype in KERNELS else y.float()
+            y = self.penalty.apply(self, wide, target, self.log).to(y.dtype)
         return y
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -60,7 +63,9 @@ class QATLinear(nn.Linear):
             x = x * self.input_inverse.to(x.dtype)
         if self.clip_neg is None or self.clip_pos is None or self.config.activation_bits is None:
             return x
-        return fake_quantize_clip(x, self.clip_neg, self.clip_pos, self.config.activation_bits, self.config.align_zero)
+        wide = x if x.dtype in KERNELS else x.float()
+        bits, align_zero = self.config.activation_bits, self.config.align_zero
+        return fake_quantize_clip(wide, self.clip_neg, self.clip_pos, bits, align_zero).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The weight, or what its codes stand for where it is trained through its rounding."""
@@ -71,10 +76,11 @@ class QATLinear(nn.Linear):
         rows = w if size >= self.in_features else blocked(w, size).flatten(0, 1)
         splits = self.splits
         if splits is None:
-            splits = torch.ones(rows.shape[1], dtype=torch.int32)
+            splits = torch.ones(rows.shape[1], dtype=torch.int32, device=w.device)
         with torch.no_grad():
             scale = usable_scale((rows.float().abs() / splits).amax(1) / code_limit(bits))
-        rows = fake_quantize_split(rows, scale, splits, bits)
+        wide = rows if rows.dtype in KERNELS else rows.float()
+        rows = fake_quantize_split(wide, scale, splits, bits).to(w.dtype)
         return rows if rows.shape == w.shape else rows.reshape(w.shape[0], -1)[:, : self.in_features]
 
     @property
@@ -92,7 +98,7 @@ class QATLinear(nn.Linear):
         return f"{super().extra_repr()}, activation_bits={c.activation_bits}, weight_bits={c.weight_bits}"
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        own = [self.clip_neg, self.clip_pos, self.input_inverse, self.splits, self.log]
+        own = [self.clip_neg, self.clip_pos, self.input_inverse, self.splits]
         kept = {id(t) for t in own if t is not None} | {id(t.grad) for t in own[:2] if t is not None}
         keep = keeping_dtype(fn)
         return super()._apply(lambda t: keep(t) if id(t) in kept else fn(t), recurse)

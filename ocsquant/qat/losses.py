@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ocsquant.config import check_number, check_type
-from ocsquant.errors import ArgumentError, PenaltyError
+from ocsquant.errors import ArgumentError, PenaltyError, first_few
 from ocsquant.qat.linear import QATLinear
 from ocsquant.qat.penalty import Anchor, Penalty
 
@@ -22,12 +22,17 @@ def penalties_of(model: nn.Module) -> list[Penalty]:
     return list(found.values())
 
 
-def _penalties(model: nn.Module) -> list[Penalty]:
+def _layers(model: nn.Module) -> dict[str, QATLinear]:
     check_type("model", model, nn.Module, "a torch.nn.Module")
-    found = penalties_of(model)
-    if not found and not any(isinstance(m, QATLinear) for m in model.modules()):
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, QATLinear)}
+    if not layers:
         raise ArgumentError("model", "a model of ocsquant.qat.prepare", type(model).__name__)
-    return found
+    return layers
+
+
+def _penalties(model: nn.Module) -> list[Penalty]:
+    _layers(model)
+    return penalties_of(model)
 
 
 def with_kurtosis(model: nn.Module, loss: Tensor, share: float | Tensor | None = None) -> Tensor:
@@ -35,7 +40,8 @@ def with_kurtosis(model: nn.Module, loss: Tensor, share: float | Tensor | None =
 
     Whatever factor the loss gets afterwards (accumulation, a GradScaler) the penalty gets too. Works in eager mode,
     inside and outside of compiled regions, with activation checkpointing of both kinds and under DDP. One backward pass
-    has one anchor: put it on the sum of several losses. Not differentiable twice.
+    has one anchor, outside of regions that a reentrant checkpoint runs again: put it on the sum of several losses. Not
+    differentiable twice.
 
     Args:
         model: of `prepare`, or one that holds it (DDP, a compiled model).
@@ -68,26 +74,29 @@ def with_kurtosis(model: nn.Module, loss: Tensor, share: float | Tensor | None =
 def kurtosis_loss(model: nn.Module) -> Tensor:
     """The penalty of the last eager forward in training mode, as a term to add to the loss.
 
-    Instead of `with_kurtosis`, where a loop wants to see it; under compilation and with reentrant checkpointing there
-    is nothing to see.
+    Instead of `with_kurtosis`, where a loop wants to see it; under compilation and activation checkpointing there is
+    nothing to see.
 
     Raises:
-        PenaltyError: no such forward, or `with_kurtosis` was applied to this one.
+        PenaltyError: a penalized layer gave no output in such a forward, or `with_kurtosis` was applied to this one.
     """
-    terms = []
-    for penalty in _penalties(model):
-        if penalty.anchored:
-            raise PenaltyError(
-                "kurtosis_loss and with_kurtosis in one step would count the penalty twice (an output's own `loss` "
-                "has passed with_kurtosis already)"
-            )
-        if not penalty.outputs:
-            raise PenaltyError(
-                "kurtosis_loss needs the outputs of an eager forward in training mode since the last backward; under "
-                "compilation and with reentrant checkpointing use with_kurtosis(model, loss)"
-            )
-        penalty.explicit = True
-        terms.append(penalty.loss())
+    layers = {path: layer for path, layer in _layers(model).items() if layer.penalty is not None}
+    penalties = penalties_of(model)
+    if any(penalty.anchored for penalty in penalties):
+        raise PenaltyError(
+            "kurtosis_loss and with_kurtosis in one step would count the penalty twice (an output's own `loss` has "
+            "passed with_kurtosis already)"
+        )
+    absent = [path for path, layer in layers.items() if id(layer) not in layer.penalty.outputs]  # type: ignore[union-attr]
+    if absent:
+        raise PenaltyError(
+            f"kurtosis_loss needs every penalized layer's output of an eager forward in training mode since the last "
+            f"backward, and {len(absent)} are missing: {first_few(absent)}; under compilation and activation "
+            f"checkpointing use with_kurtosis(model, loss)"
+        )
+    for penalty in penalties:
+        penalty.explicit = penalty.acted = True
+    terms = [layer.penalty.loss(layer, layer.config.kurtosis_target) for layer in layers.values() if layer.penalty]
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
@@ -109,8 +118,7 @@ def kurtosis_report(model: nn.Module) -> dict[str, float]:
 
     Warns where backward ran and the penalty never acted.
     """
-    _penalties(model)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, QATLinear) and m.penalty is not None}
+    layers = {path: layer for path, layer in _layers(model).items() if layer.penalty is not None}
     warn_if_idle(list(layers.values()))
     report = {}
     for path, layer in layers.items():
@@ -124,7 +132,7 @@ def kurtosis_report(model: nn.Module) -> dict[str, float]:
 def warn_if_idle(layers: list[QATLinear]) -> None:
     """Warn where a penalty was asked for, backward ran and no anchor was passed."""
     asked = [layer for layer in layers if layer.penalty is not None and layer.penalty.weight > 0]
-    if asked and any(bool(layer.log[2] > 0) for layer in asked) and not any(bool(layer.log[3] > 0) for layer in asked):
+    if any(bool(layer.log[2] > 0) for layer in asked) and not any(p.penalty.acted for p in asked if p.penalty):
         warnings.warn(
             "the kurtosis penalty never acted: pass the loss through ocsquant.qat.with_kurtosis(model, loss)",
             stacklevel=3,

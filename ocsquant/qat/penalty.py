@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ocsquant.ops import kurtosis
-from ocsquant.ops.library import compiled
+from ocsquant.ops.library import check_once, compiled
 
 REFERENCE_WIDTH = (
     64  # outputs of a layer at which weights are quoted; the gradient of one output falls with their number
@@ -27,47 +27,61 @@ _handles = itertools.count(1)
 _penalties: weakref.WeakValueDictionary[int, Penalty] = weakref.WeakValueDictionary()
 
 
+class Outputs(dict[int, list[Tensor]]):
+    """The outputs of eager layers, by the layer's id; a dict that can be referred to weakly."""
+
+
 class Penalty:
     """What the penalized layers of one prepared model share.
 
     `weight` may change from step to step; `scale` is the 0-dim tensor that backward reads; `outputs` holds what eager
-    layers gave since the model's last forward began, with each layer's own factor and target.
+    layers gave since the model's last forward began. `acted`: some step let it act.
     """
 
-    def __init__(self, weight: float) -> None:
-        self.weight = weight
+    def __init__(self, weight: float, acted: bool = False) -> None:
+        self.weight, self.acted = weight, acted
         self.scale = torch.zeros((), dtype=torch.float32)
-        self.outputs: dict[int, tuple[Tensor, float, float]] = {}
+        self.outputs = Outputs()
         self.anchored = self.explicit = False
-        self._count = itertools.count()
         self.handle = next(_handles)
         _penalties[self.handle] = self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Penalty:
-        return Penalty(self.weight)
+        return Penalty(self.weight, self.acted)
 
-    def __reduce__(self) -> tuple[type[Penalty], tuple[float]]:
-        return Penalty, (self.weight,)
+    def __reduce__(self) -> tuple[type[Penalty], tuple[float, bool]]:
+        return Penalty, (self.weight, self.acted)
 
     def begin(self) -> None:
         """A new forward: what the one before it left is forgotten."""
         self.outputs.clear()
+        self.rest()
+        if torch._C._current_graph_task_id() == -1:  # after a backward that an exception ended
+            self.scale.data.zero_()
+
+    def rest(self) -> None:
+        """The step is over."""
         self.anchored = self.explicit = False
 
-    def apply(self, y: Tensor, target: float, log: Tensor) -> Tensor:
-        """`y`, which gets its share of the penalty in backward."""
-        factor = y.shape[-1] / REFERENCE_WIDTH
+    def apply(self, layer: nn.Module, y: Tensor, target: float, log: Tensor) -> Tensor:
+        """The layer's output `y`, which gets its share of the penalty in backward."""
         done = None
         if not torch.compiler.is_compiling() and not _is_checkpointed():
-            key = next(self._count)
-            self.outputs[key] = (y, factor, target)
-            done = _Forget(self.outputs, key)
-        return _Inject.apply(y, self.scale, factor, target, log, done)
+            kept = self.outputs.setdefault(id(layer), [])
+            kept.append(y)
+            done = _Forget(self, id(layer))
+        return _Inject.apply(y, self.scale, factor_of(y), target, log, done)
 
-    def loss(self) -> Tensor:
-        """The penalty as a term of the loss."""
-        terms = [factor * (kurtosis(y) - target).clamp(min=0.0).mean() for y, factor, target in self.outputs.values()]
-        return self.weight * torch.stack(terms).sum()
+    def loss(self, layer: nn.Module, target: float) -> Tensor:
+        """The penalty of one layer's outputs, as a term of the loss."""
+        kept = [y for y in self.outputs[id(layer)] if y.numel()]
+        terms = [factor_of(y) * (kurtosis(y) - target).clamp(min=0.0).mean() for y in kept]
+        return self.weight * torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def factor_of(y: Tensor) -> float:
+    """By how much a layer's width exceeds the one that weights are quoted for."""
+    return y.shape[-1] / REFERENCE_WIDTH
 
 
 def _is_checkpointed() -> bool:
@@ -78,13 +92,15 @@ def _is_checkpointed() -> bool:
 
 
 class _Forget:
-    """Drops one output; a bound method would keep the whole penalty alive through the graph."""
+    """Drops a layer's outputs. It hangs on the graph that those hold: weakly, or neither would ever be freed."""
 
-    def __init__(self, outputs: dict[int, Any], key: int) -> None:
-        self.outputs, self.key = outputs, key
+    def __init__(self, penalty: Penalty, key: int) -> None:
+        self.penalty, self.key = weakref.ref(penalty), key
 
     def __call__(self) -> None:
-        self.outputs.pop(self.key, None)
+        if (penalty := self.penalty()) is not None:
+            penalty.outputs.pop(self.key, None)
+            penalty.rest()
 
 
 class _Inject(torch.autograd.Function):
@@ -104,6 +120,7 @@ class _Inject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        check_once("the kurtosis penalty")
         y, scale = ctx.saved_tensors
         if ctx.done is not None:
             ctx.done()
@@ -129,16 +146,20 @@ def _(grad: Tensor, penalty: int, share: Tensor | None = None) -> Tensor:
     # the layers' backward comes later follows from the graph: their gradients are computed from this one.
     found = _penalties.get(penalty)
     if found is not None and torch._C._current_graph_task_id() != -1:
-        # Through .data: the scale is a saved tensor of the layers' backward.
+        found.acted = True
         factor = grad.detach().reshape(()).float() * found.weight
+        # Through .data: the scale is a saved tensor of the layers' backward.
         found.scale.data.copy_(factor if share is None else factor * share)
-        torch.autograd.Variable._execution_engine.queue_callback(_Clear(found.scale))
+        torch.autograd.Variable._execution_engine.queue_callback(_End(found))
     return grad.clone()
 
 
-class _Clear:
-    def __init__(self, scale: Tensor) -> None:
-        self.scale = scale
+class _End:
+    """Of a backward pass."""
+
+    def __init__(self, penalty: Penalty) -> None:
+        self.penalty = penalty
 
     def __call__(self) -> None:
-        self.scale.data.zero_()
+        self.penalty.scale.data.zero_()
+        self.penalty.rest()
