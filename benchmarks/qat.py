@@ -1,8 +1,10 @@
 """Activation regularisation on stories260k: 4-bit inputs trained and not, with what weights and which penalty.
 
 Fine-tuning by 200 steps of 16 x 128 tokens of TinyStories; perplexity on 112 x 256 held-out tokens. Columns: W16 leaves
-the weights; r rounds them to nearest and g by GPTQ, asymmetric per output; s is symmetric per output by GPTQ, what the
-integer kernels run. --scratch trains small models from the beginning instead, pairs of the same seed.
+the weights; r rounds them to nearest and g by GPTQ, asymmetric per output; s (symmetric per output) and k (16 levels by
+k-means) by GPTQ are what the integer kernels run. kurtosis: of a token's outputs; spread: largest over median channel.
+integer same: how often the integer model's likeliest token is that of the fake-quantized one, beside how often the
+latter agrees with itself in float64. --scratch trains small models from the beginning, pairs of the same seed.
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ ARMS = [
     Arm("A4 + kurtosis of weights (KURE)", {"kurtosis_weight": 0.0}, extra=kure),
     Arm("A4, one clip for both sides (PACT)", None, baseline="pact"),
     Arm("A4, one step (LSQ)", None, baseline="lsq"),
+    Arm("A4, 0 on the grid", {"kurtosis_weight": 0.0, "align_zero": True}),
     Arm("A4, folded first", {"kurtosis_weight": 0.0, "fold": "channel"}),
     Arm("W4A4", {"kurtosis_weight": 0.0, "weight_bits": 4}),
     Arm("W4A4, folded first", {"kurtosis_weight": 0.0, "weight_bits": 4, "fold": "channel"}),
@@ -207,10 +210,19 @@ def agreement(model: nn.Module, tokens: Tensor, windows: Tensor, trained: bool) 
     model.eval()
     weights = None if trained else WEIGHTS["W4s"]
     fake = model if trained else converted(model, weights, tokens)
-    expected, got = (m(windows[:28, :-1]) for m in (fake, converted(model, weights, tokens, simulate=False)))
+    integer, exact = converted(model, weights, tokens, simulate=False), copy.deepcopy(fake).double()
+    expected, got, double = (m(windows[:28, :-1]) for m in (fake, integer, exact))
+
+    def same(a: Tensor, b: Tensor) -> float:
+        return float((a.argmax(-1) == b.argmax(-1)).float().mean())
+
     error = (got - expected).norm(dim=-1) / expected.norm(dim=-1)
-    same = (got.argmax(-1) == expected.argmax(-1)).float().mean()
-    return {"integer error": float(error.median()), "integer same": float(same)}
+    return {
+        "integer error": float(error.median()),
+        "integer same": same(got, expected),
+        "float64 same": same(double, expected),
+        "integer, float64": same(got, double),
+    }
 
 
 def untrained(windows: Tensor, tokens: Tensor) -> list[dict[str, Any]]:
@@ -257,7 +269,7 @@ def scratch(steps: int, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-COLUMNS = ("W16", *WEIGHTS, "kurtosis", "spread", "integer error", "integer same")
+COLUMNS = ("W16", *WEIGHTS, "kurtosis", "spread", "integer error", "integer same", "float64 same", "integer, float64")
 
 
 def show(row: dict[str, Any]) -> str:
