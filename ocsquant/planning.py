@@ -26,6 +26,7 @@ from ocsquant.nn.attention import unsupported
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 EXCLUDED = "excluded by filter_fn"
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
+GROUP_STEP = 16  # groups end where the kernels' 16-bit sums do
 MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -323,9 +324,15 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
             f"no integer kernel for {type(module).__name__} yet: use activations=None to store its weight in fewer "
             f"bits, or simulate=True for its accuracy"
         )
-    if weights.granularity == "group" or not weights.symmetric:
-        return "no integer kernel for groups or zero points yet: use simulate=True for its accuracy"
     assert isinstance(module, nn.Linear)
+    if not weights.symmetric and weights.bits == 8:
+        return "no integer kernel for zero points at 8 bits: use simulate=True for its accuracy"
+    if weights.granularity == "group" and weights.group_size < module.in_features:
+        missing = "calibrated inputs" if recipe.activations.needs_calibration else None
+        missing = "split channels" if weights.ocs is not None else missing
+        missing = f"{weights.group_size} (no multiple of 16)" if weights.group_size % GROUP_STEP else missing
+        if missing is not None:
+            return f"no integer kernel for groups of {missing} yet: use simulate=True for its accuracy"
     depth = MAX_DEPTH if recipe.activations.scale == "token" else MAX_DEPTH // 2
     if 2 * module.in_features > depth:  # every channel may get a tail column
         return f"more than {depth // 2} inputs: int32 sums would not be exact"

@@ -12,6 +12,7 @@ from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import packed_shape
 from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
+from ocsquant.planning import GROUP_STEP
 
 
 def kind_of_layer(module: nn.Module) -> str | None:
@@ -74,26 +75,28 @@ def _quantized_linear(
     path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check
 ) -> QuantizedLinear:
     k, n, bits = settings["in_features"], settings["out_features"], _bits(check, settings["bits"])
-    activations = activations_from_dict(settings["activations"])
+    activations, size = activations_from_dict(settings["activations"]), settings["group_size"]
+    check(type(size) is int and size >= 0 and size % GROUP_STEP == 0, f"group_size must be a multiple of {GROUP_STEP}")
     check(type(k) is int and type(n) is int and k > 0 and n > 0, "sizes must be whole numbers")
     if kind_of_layer(old) != "Linear":
         raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
     _check_sizes(path, old, (n, k), "bias" in t, any_bias="input_shift" in t)  # a shift makes a bias of its own
     check({"packed", "scale"} <= set(t), "packed and scale must be there")
     packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
-    check.floats("scale", scale, (n,), positive=True)
+    check.floats("scale", scale, (-(-k // size), n) if size else (n,), positive=True)
     check.floats("bias", bias, (n,))
     e = check.index(index, k)
+    inverse, shift = t.get("input_inverse"), t.get("input_shift")
+    check(size == 0 or (index is None and inverse is None), "its groups leave no room for a tail or input scales")
     shape = packed_shape(n, k, e)
     check(packed.dtype == torch.uint8 and packed.shape == shape, f"packed must be uint8 {shape}")
     base, tail = ops.unpack_weight(packed, n, k, e)
     check(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
-    inverse, shift = t.get("input_inverse"), t.get("input_shift")
     check((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
     check(shift is None or inverse is not None, "it has an input_shift without input_inverse")
     check.floats("input_inverse", inverse, (k,), positive=True)
     check.floats("input_shift", shift, (k,))
-    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift)
+    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift, size)
 
 
 def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:

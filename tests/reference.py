@@ -60,20 +60,34 @@ def quantized_linear(
     bits: int = 8,
     max_outliers: int = 16,
     threshold: float = 4.0,
+    group_size: int = 0,
 ) -> Tensor:
-    """y = float(sum of integer products) * (step * scale) + bias."""
+    """y = float(sum of integer products) * (step * scale) + bias; with scale [groups, n], a sum for each group."""
     flat = x.reshape(-1, x.shape[-1]).float()
     rows = []
     for token in flat:
         q, step = quantize_token(token, bits, max_outliers, threshold)
         integers = torch.tensor(q, dtype=torch.int64)
+        if group_size:
+            rows.append(_groups(codes, integers, step, scale, group_size))
+            continue
         total = codes.long() @ integers
         if tail is not None:
             total = total + tail.long() @ integers[tail_index.long()]
         rows.append(total.float() * (torch.tensor(step, dtype=torch.float32) * scale))
-    y = torch.stack(rows) if rows else torch.empty(0, scale.numel())
+    y = torch.stack(rows) if rows else torch.empty(0, scale.shape[-1])
     y = y if bias is None else y + bias
-    return y.reshape(*x.shape[:-1], scale.numel()).to(x.dtype)
+    return y.reshape(*x.shape[:-1], scale.shape[-1]).to(x.dtype)
+
+
+def _groups(codes: Tensor, integers: Tensor, step: float, scale: Tensor, size: int) -> Tensor:
+    """One token's outputs, the groups' shares added in float32 in ascending order."""
+    total = None
+    for g in range(scale.shape[0]):
+        part = codes[:, g * size : (g + 1) * size].long() @ integers[g * size : (g + 1) * size]
+        share = part.float() * (torch.tensor(step, dtype=torch.float32) * scale[g])
+        total = share if total is None else total + share
+    return total
 
 
 def fake_quantize_split(x: Tensor, scale: Tensor, splits: Tensor, bits: int) -> Tensor:

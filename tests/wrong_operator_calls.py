@@ -134,7 +134,15 @@ OPERATOR_CASES = {
     "ops.quantized_linear": Case(
         ops.quantized_linear,
         {"x": tensor(2, 30), "packed": PACKED, "scale": tensor(70), "bias": tensor(70), "tail_index": INDEX},
-        WRONG_LINEAR,
+        WRONG_LINEAR
+        | {
+            "group_size": {
+                "range": 24,
+                "below": -16,
+                "scale": Wrong(16, text="scale"),
+                "huge": Wrong(2**60, text="scale"),
+            }
+        },
         EXCUSED_LINEAR,
     ),
     "ops.scale_folded_linear": Case(
@@ -193,6 +201,7 @@ OPERATOR_CASES = {
             "k": {"range": 64, "below": -1},
             "scale": {"size": Wrong(tensor(140), text="140")},
             "tail_index": {"size": Wrong(int32(*range(6)), text="e = 6"), "range": Wrong(int32(1, 5, 30), text="30")},
+            "group_size": {"range": -16, "scale": Wrong(16, text="scale")},
         },
         {"packed.range": "every byte is a code or a bound", "scale.range": "it is only multiplied"},
     ),

@@ -49,6 +49,7 @@ struct Tile {
   static int64_t row_bytes(int64_t depth) { return depth; }
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
+  static Offset offset(const uint8_t*) { return Offset::all; }
 
   template <int R>
   static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {

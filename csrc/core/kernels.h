@@ -50,9 +50,11 @@ struct Rest {
 struct PackedWeight {
   const uint8_t* packed;
   int64_t n, k, tail;
-  const int32_t* tail_index;  // [tail], ascending: the input channel each tail column adds to
-  const float* scale;         // [n]
-  const float* bias;          // [n] or null
+  const int32_t* tail_index;   // [tail], ascending: the input channel each tail column adds to
+  const float* scale;          // [n], or [scale_groups()][n]
+  const float* bias;           // [n] or null
+  int64_t group_channels = 0;  // input channels that share a scale of an output, a multiple of kSpan * kGroup; 0: all
+  int64_t scale_groups() const { return group_channels > 0 ? (k + group_channels - 1) / group_channels : 1; }
   int64_t groups() const { return (k + kGroup - 1) / kGroup + (tail + kGroup - 1) / kGroup; }
   int64_t depth() const { return groups() * kGroup; }
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
@@ -63,11 +65,12 @@ struct PackedWeight {
 
 // Quantized tokens as one instruction set wants them, in tiles of row_tile rows.
 struct Activations {
-  uint8_t* codes;         // [rows][row_bytes], a tile's rows together
-  float* step;            // [rows]; NaN for a row that held NaN or Inf
-  Rest* rests;            // [rows][rest_capacity]
-  int32_t* rest_count;    // [rows]
-  int32_t* offset_codes;  // [rows]: the sum of the codes whose products still contain the weights' kOffset
+  uint8_t* codes;               // [rows][row_bytes], a tile's rows together
+  float* step;                  // [rows]; NaN for a row that held NaN or Inf
+  Rest* rests;                  // [rows][rest_capacity]
+  int32_t* rest_count;          // [rows]
+  int32_t* offset_codes;        // [rows]: the sum of the codes whose products still contain the weights' kOffset
+  int32_t* group_offset_codes;  // [rows][scale_groups()]: the same group by group; null without group scales
   int64_t rows;
   int64_t row_bytes;
   int64_t rest_capacity;
@@ -81,9 +84,11 @@ struct LinearKernels {
   // Quantizes rows [first, last) of x (first a multiple of row_tile); scratch from quantize_scratch_bytes().
   void (*quantize)(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
                    int64_t first, int64_t last, void* scratch);
-  // y[m][n] for rows [first, last) and one panel; scratch holds row_block * kPanel int32.
+  // y[m][n] for rows [first, last) and one panel; scratch holds row_block * kPanel int32, for group scales twice that.
   void (*multiply)(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
                    int64_t panel, int32_t* scratch);
+  void (*multiply_groups)(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first,
+                          int64_t last, int64_t panel, int32_t* scratch);
 };
 
 struct FakeQuantizeSplitKernels {

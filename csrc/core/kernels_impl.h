@@ -8,6 +8,8 @@
 #include "fake_quantize_impl.h"
 #include "kurtosis_impl.h"
 #include "linear_impl.h"
+//
+#include "grouped_impl.h"
 
 namespace ocsquant {
 namespace {

@@ -6,6 +6,7 @@
 //   place(codes, pitch, depth, out)           row-major int16 codes (its to overwrite) to that memory; fills TileRows
 //   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
 //   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (kOffset + codes of column rest.k)
+//   offset(tile)                              in which products the weights' kOffset stays
 #pragma once
 
 namespace ocsquant {
@@ -33,6 +34,9 @@ struct TileRows {
   int32_t* offset_codes;
 };
 
+// Of which codes the products still contain the weights' kOffset.
+enum class Offset { none, rests, all };
+
 inline int32_t sum_of(const int16_t* codes, int64_t depth) {
   int32_t sum = 0;
   for (int64_t k = 0; k < depth; ++k) sum += codes[k];
@@ -43,6 +47,13 @@ inline int32_t sum_of(const int16_t* codes, int64_t depth) {
 OCSQ_INLINE int rest_step(int left) { return left > 127 ? 127 : left < -127 ? -127 : left; }
 OCSQ_INLINE int32_t rest_quad(const Rest& rest, int step) {
   return static_cast<int32_t>(static_cast<uint32_t>(step & 0xff) << (8 * (rest.k % kGroup)));
+}
+
+inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sums) {
+  for (int64_t g = 0; g < w.scale_groups(); ++g) {
+    const int64_t first = g * w.group_channels, left = w.k - first;
+    sums[g] = sum_of(codes + first, left < w.group_channels ? left : w.group_channels);
+  }
 }
 
 template <class Tile>
@@ -70,12 +81,23 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
         row = wide;
       }
       a.step[m + i] = how.fixed ? quantize_row_fixed(row, w.k, how, out) : quantize_row(row, w.k, how, out);
+      for (int64_t e = w.k; e < base; ++e) out[e] = 0;  // where a range does not begin at 0, its end is not the code 0
       for (int64_t e = 0; e < w.tail; ++e) out[base + e] = out[w.tail_index[e]];
       for (int64_t e = base + w.tail; e < padded; ++e) out[e] = 0;
+      if (a.group_offset_codes != nullptr) sum_groups(out, w, a.group_offset_codes + (m + i) * w.scale_groups());
     }
     Tile::place(codes, pitch, depth,
                 TileRows{rows, w.panels(), a.codes + m * a.row_bytes, a.rests + m * a.rest_capacity, a.rest_capacity,
                          a.rest_count + m, a.offset_codes + m});
+    if (a.group_offset_codes == nullptr) continue;
+    const Offset offset = Tile::offset(a.codes + m * a.row_bytes);
+    for (int64_t i = m; i < m + rows && offset != Offset::all; ++i) {
+      int32_t* sums = a.group_offset_codes + i * w.scale_groups();
+      std::memset(sums, 0, w.scale_groups() * sizeof(int32_t));
+      const Rest* rests = a.rests + i * a.rest_capacity;
+      const int32_t count = offset == Offset::rests ? a.rest_count[i] : 0;
+      for (int32_t r = 0; r < count; ++r) sums[rests[r].k / w.group_channels] += rests[r].value;
+    }
   }
 }
 
@@ -168,11 +190,6 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
     }
     g += length;
   } while (g < groups);
-}
-
-template <class Tile>
-constexpr LinearKernels linear_kernels() {
-  return {Tile::kRows, Tile::kRowBlock, Tile::row_bytes, Tile::rest_capacity, quantize<Tile>, multiply<Tile>};
 }
 
 }  // namespace

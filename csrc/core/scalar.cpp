@@ -22,6 +22,7 @@ struct Tile {
   static int64_t row_bytes(int64_t depth) { return depth * static_cast<int64_t>(sizeof(int16_t)); }
   static int64_t rest_capacity(int64_t, int) { return 0; }
   static void add_rests(const Rest*, int32_t, const uint8_t*, int32_t*) {}
+  static Offset offset(const uint8_t*) { return Offset::none; }
 
   static void place(int16_t* codes, int64_t pitch, int64_t depth, const TileRows& out) {
     place_int16(codes, pitch, depth, out.rows, reinterpret_cast<int16_t*>(out.tile));

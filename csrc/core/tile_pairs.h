@@ -31,6 +31,7 @@ struct PairTile {
     std::memcpy(&wide, tile, sizeof(wide));
     return wide != 0;
   }
+  static Offset offset(const uint8_t* tile) { return is_wide(tile) ? Offset::all : Offset::rests; }
   static const int16_t* wide_codes(const uint8_t* tile) { return reinterpret_cast<const int16_t*>(tile + 4); }
   static const uint8_t* bounds(const uint8_t* tile) { return tile + 4; }
 

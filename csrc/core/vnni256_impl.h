@@ -39,6 +39,7 @@ struct Tile : Strips<Tile, Block> {
   static int64_t row_bytes(int64_t depth) { return depth; }
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
+  static Offset offset(const uint8_t*) { return Offset::all; }
 
   // R rows x 8 V columns.
   template <int R, int V, bool kFetch>

@@ -9,6 +9,7 @@ namespace ocsquant {
 struct LinearOperands {
   const Tensor &x, &packed, &scale;
   const std::optional<Tensor>&bias, &tail_index, &input_inverse, &input_shift;
+  int64_t group_size = 0;  // 0: one scale per output
 };
 
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold);

@@ -34,25 +34,29 @@ void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const
   const int64_t codes = align64(m * row_bytes), steps = align64(m * sizeof(float));
   const int64_t rests = align64(m * capacity * sizeof(Rest)), counts = align64(m * sizeof(int32_t));
   const int64_t scratch = align64(quantize_scratch_bytes(w, kernels.row_tile));
-  const Buffer buffer(codes + steps + rests + 2 * counts + chunks * scratch);
+  const int64_t groups = w.group_channels > 0 ? align64(m * w.scale_groups() * sizeof(int32_t)) : 0;
+  const int64_t fixed = codes + steps + rests + 2 * counts;
+  const Buffer buffer(fixed + groups + chunks * scratch);
   const Activations a = {buffer.at<uint8_t>(0),
                          buffer.at<float>(codes),
                          buffer.at<Rest>(codes + steps),
                          buffer.at<int32_t>(codes + steps + rests),
                          buffer.at<int32_t>(codes + steps + rests + counts),
+                         groups > 0 ? buffer.at<int32_t>(fixed) : nullptr,
                          m,
                          row_bytes,
                          capacity};
   parallel_chunks(tiles, chunks, [&](int64_t i, int64_t first, int64_t last) {
     kernels.quantize(x, dtype, how, w, a, first * kernels.row_tile, std::min(m, last * kernels.row_tile),
-                     buffer.at<void>(codes + steps + rests + 2 * counts + i * scratch));
+                     buffer.at<void>(fixed + groups + i * scratch));
   });
   const int64_t panels = w.panels(), blocks = (m + kernels.row_block - 1) / kernels.row_block;
   const auto multiply = [&](int64_t b, int64_t e) {
-    alignas(64) int32_t sums[kMaxRowBlock * kPanel];
+    alignas(64) int32_t sums[2 * kMaxRowBlock * kPanel];
     for (int64_t u = b; u < e; ++u) {
       const int64_t first = u / panels * kernels.row_block;
-      kernels.multiply(a, w, y, dtype, first, std::min(m, first + kernels.row_block), u % panels, sums);
+      (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
+          a, w, y, dtype, first, std::min(m, first + kernels.row_block), u % panels, sums);
     }
   };
   if (m * w.n * w.k > kSerialProducts) {
@@ -78,12 +82,17 @@ Tensor linear(const char* op, const LinearOperands& t, TokenQuantizer how) {
   const Float dtype = check_float(op, "x", x);
   OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   check_tensor(op, "packed", t.packed, ScalarType::Byte, 4);
-  check_tensor(op, "scale", t.scale, ScalarType::Float, 1);
-  const int64_t k = x.size(-1), n = t.scale.numel(), e = t.tail_index.has_value() ? t.tail_index->numel() : 0;
+  check_tensor(op, "scale", t.scale, ScalarType::Float, t.group_size > 0 ? 2 : 1);
+  const int64_t k = x.size(-1), n = t.scale.size(-1), e = t.tail_index.has_value() ? t.tail_index->numel() : 0;
   const int64_t limit = how.fixed ? kMaxFixedDepth : kMaxDepth;
   OCSQ_CHECK(k + e <= limit, op, ": x must have at most ", limit - e, " columns, the limit of exact int32 sums, got ",
              k);
-  PackedWeight w = {nullptr, n, k, e, nullptr, nullptr, nullptr};
+  PackedWeight w = {nullptr, n, k, e, nullptr, nullptr, nullptr, t.group_size};
+  if (t.group_size > 0) {
+    OCSQ_CHECK(e == 0, op, ": tail_index must be None where the scales have groups");
+    OCSQ_CHECK(t.scale.size(0) == w.scale_groups(), op, ": scale must be [", w.scale_groups(), ", outputs] for ", k,
+               " columns of x in groups of ", t.group_size, ", got ", t.scale.size(0), " groups");
+  }
   const int64_t blocks = w.groups() + w.bound_blocks();
   OCSQ_CHECK(t.packed.size(0) == w.panels() && t.packed.size(1) == blocks && t.packed.size(2) == kPanel &&
                  t.packed.size(3) == kGroup,
@@ -127,9 +136,12 @@ Tensor linear(const char* op, const LinearOperands& t, TokenQuantizer how) {
 namespace {
 
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold) {
+                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold,
+                        int64_t group_size) {
   constexpr const char* kOp = "quantized_linear";
-  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt},
+  OCSQ_CHECK(group_size >= 0 && group_size % (kSpan * kGroup) == 0, kOp, ": group_size must be 0 or a multiple of ",
+             kSpan * kGroup, ", got ", group_size);
+  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt, group_size},
                 check_quantizer(kOp, bits, max_outliers, threshold));
 }
 

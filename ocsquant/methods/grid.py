@@ -65,8 +65,13 @@ class QuantizedWeight:
         return codes.float() if self.levels is None else _look_up(self.levels, codes).float()
 
     def integers(self) -> Tensor:
-        """int16 [n, k]: what an integer kernel multiplies with, the codes or the levels they are indices of."""
-        return self.codes if self.levels is None else _look_up(self.levels, self.codes).to(torch.int16)
+        """int16 [n, k]: what an integer kernel multiplies with: codes less their zero points, or their levels."""
+        if self.levels is not None:
+            return _look_up(self.levels, self.codes).to(torch.int16)
+        if self.zero is None:
+            return self.codes
+        zero = self.zero.to(torch.int16).repeat_interleave(self.group_size, 1)
+        return self.codes - zero[:, : self.codes.shape[1]]
 
     def dequantize(self) -> Tensor:
         """float32 [n, k]."""
@@ -81,7 +86,7 @@ class QuantizedWeight:
         Codes of a uniform grid are cut at +-Q; channels whose codes all fit need no tail column.
         """
         integers = self.integers()
-        limit = code_limit(self.bits) if self.levels is None else TAIL_LIMIT
+        limit = code_limit(self.bits) if self.levels is None and self.zero is None else TAIL_LIMIT
         base = integers.clamp(-limit, limit)
         rest = integers - base
         index = rest.any(dim=0).nonzero()[:, 0]

@@ -20,10 +20,11 @@ from ocsquant.nn.quantized import Quantized
 class QuantizedLinear(Quantized):
     """y = x W^T + b in integers: `ocsquant.ops.quantized_linear`, or `scale_folded_linear` with calibrated inputs.
 
-    Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], `bias` float32
-    [out_features] or None, `tail_index` int32 or None, `input_inverse` and `input_shift` float32 [in_features] or None
-    (the shift's part of the output is in `bias`). No dtype conversion of a model (.half(), .bfloat16(),
-    .to(dtype)) touches them. Takes float32, bfloat16, float16 or float64 [..., in_features]; returns the same dtype.
+    Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], or with a
+    `group_size` above 0 [groups of input channels, out_features], `bias` float32 [out_features] or None, `tail_index`
+    int32 or None, `input_inverse` and `input_shift` float32 [in_features] or None (the shift's part of the output is in
+    `bias`). No dtype conversion of a model (.half(), .bfloat16(), .to(dtype)) touches them. Takes float32, bfloat16,
+    float16 or float64 [..., in_features]; returns the same dtype.
     `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
     changes nothing.
     """
@@ -49,9 +50,11 @@ class QuantizedLinear(Quantized):
         tail_index: Tensor | None,
         input_inverse: Tensor | None = None,
         input_shift: Tensor | None = None,
+        group_size: int = 0,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size = group_size
         self.activations = activations
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
@@ -68,9 +71,10 @@ class QuantizedLinear(Quantized):
         activations: Activations,
         transform: InputTransform | ClippedInput | None = None,
     ) -> QuantizedLinear:
-        """From a per-channel symmetric `QuantizedWeight` of the layer's weight, folded with `transform`."""
+        """From a `QuantizedWeight` of the layer's weight, folded with `transform`; integers of a byte and a tail."""
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
-        scale, inverse, shift = weight.scale[:, 0], None, None
+        groups = weight.scale.shape[1]
+        scale, inverse, shift = weight.scale.T if groups > 1 else weight.scale[:, 0], None, None
         if transform is not None:
             scale, bias, inverse, shift = transform.operands(weight, layer.weight.detach(), bias)
         base, tail, tail_index = weight.base_and_tail()
@@ -86,6 +90,7 @@ class QuantizedLinear(Quantized):
             tail_index if split else None,
             inverse,
             shift,
+            weight.group_size if groups > 1 else 0,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -100,7 +105,15 @@ class QuantizedLinear(Quantized):
         a = self.activations
         if (inverse := b["input_inverse"]) is None:
             return ops.quantized_linear(
-                input, b["packed"], b["scale"], b["bias"], b["tail_index"], a.bits, a.max_outliers, a.outlier_threshold
+                input,
+                b["packed"],
+                b["scale"],
+                b["bias"],
+                b["tail_index"],
+                a.bits,
+                a.max_outliers,
+                a.outlier_threshold,
+                self.group_size,
             )
         return ops.scale_folded_linear(
             input,
@@ -120,7 +133,8 @@ class QuantizedLinear(Quantized):
     @property
     def weight(self) -> Tensor:
         """float32 [out_features, in_features], dequantized anew at each reading."""
-        folded = ops.dequantize_packed(self.packed, self.scale, self.in_features, self.tail_index)
+        index, size = self.tail_index, self.group_size
+        folded = ops.dequantize_packed(self.packed, self.scale, self.in_features, index, size)
         return folded if self.input_inverse is None else folded * self.input_inverse
 
     @property
@@ -147,6 +161,8 @@ class QuantizedLinear(Quantized):
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         if self.split_channels:
             text += f", split_channels={self.split_channels}"
+        if self.group_size:
+            text += f", group_size={self.group_size}"
         return f"{text}, bits={self.bits}, activations={self.activations.bits} bits per {self.activations.scale}"
 
     def settings(self) -> dict[str, Any]:
@@ -157,4 +173,5 @@ class QuantizedLinear(Quantized):
             "out_features": self.out_features,
             "bits": self.bits,
             "activations": dataclasses.asdict(self.activations),
+            "group_size": self.group_size,
         }

@@ -26,6 +26,7 @@ def quantized_linear(
     activation_bits: int = 8,
     max_outliers: int = 16,
     outlier_threshold: float = 4.0,
+    group_size: int = 0,
 ) -> Tensor:
     """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
 
@@ -36,19 +37,21 @@ def quantized_linear(
     Args:
         x: float32 or bfloat16 [..., k].
         packed: from `pack_weight`, for n outputs and k inputs; k plus tail columns at most 131072.
-        scale: float32 [n], the weight step of each output.
+        scale: float32 [n], the weight step of each output; with group_size, [ceil(k / group_size), n]. Groups are
+            summed exactly each, multiplied by (step * scale) and added in float32, the first group first.
         bias: float32 [n].
-        tail_index: int32 [e], ascending: the input channel that each tail column of `packed` adds to.
+        tail_index: int32 [e], ascending: the input channel that each tail column of `packed` adds to; None with groups.
         activation_bits: 2..8.
         max_outliers: 0..64 values of a token that may lie beyond the range; 0 is plain dynamic quantization.
         outlier_threshold: 2..1e6, in units of the token's root mean square.
+        group_size: 0, or a multiple of 16: input channels that share a step of an output's weights.
 
     Returns:
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
     op = _quantized_linear_train if wants_gradient(x) else _quantized_linear
-    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold)
+    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size)
 
 
 def scale_folded_linear(
@@ -112,7 +115,7 @@ def _linear_fake(
 ) -> Tensor:
     check_devices("quantized_linear", x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
     torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+    return x.new_empty((*x.shape[:-1], scale.shape[-1]))
 
 
 torch.library.register_fake("ocsquant::quantized_linear", _linear_fake)
@@ -140,15 +143,15 @@ torch.library.register_fake("ocsquant::scale_folded_linear_train", _folded_fake)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, _, tail_index, *_ = inputs
+    x, packed, scale, _, tail_index, *_, ctx.group_size = inputs
     ctx.k = x.shape[-1]
     ctx.save_for_backward(packed, scale, tail_index)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     packed, scale, tail_index = ctx.saved_tensors
-    dx = grad @ dequantize_packed(packed, scale, ctx.k, tail_index).to(grad.dtype)
-    return dx, None, None, None, None, None, None, None
+    dx = grad @ dequantize_packed(packed, scale, ctx.k, tail_index, ctx.group_size).to(grad.dtype)
+    return dx, *[None] * 8
 
 
 def _folded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -72,16 +72,25 @@ def dequantize_weight(
     return compiled.dequantize_weight(packed, scale, k, bits, group_size, zero, levels, rows)
 
 
-def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None) -> Tensor:
-    """The float32 [n, k] matrix that a packed weight stands for."""
-    check_vector("dequantize_packed", "scale", scale, torch.float32)
+def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None, group_size: int = 0) -> Tensor:
+    """The float32 [n, k] matrix that a packed weight stands for; `scale` and `group_size` as in `quantized_linear`."""
+    op = "dequantize_packed"
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
+        raise RuntimeError(f"{op}: group_size must be a whole number of at least 0, got {group_size!r}")
+    groups = -(-k // group_size) if group_size else 1
+    rows = scale[0] if group_size and isinstance(scale, Tensor) and scale.dim() == 2 else scale
+    check_vector(op, "scale", rows, torch.float32)
+    if group_size and scale.shape[0] != groups:
+        raise RuntimeError(f"{op}: scale must have {groups} groups for group_size {group_size}, got {scale.shape[0]}")
     if tail_index is not None:
-        check_vector("dequantize_packed", "tail_index", tail_index, torch.int32)
-    codes, tail = unpack_weight(packed, scale.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
-    check_devices("dequantize_packed", packed=packed, scale=scale, tail_index=tail_index)
+        check_vector(op, "tail_index", tail_index, torch.int32)
+    codes, tail = unpack_weight(packed, rows.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
+    check_devices(op, packed=packed, scale=scale, tail_index=tail_index)
     total = codes.float()
     if tail_index is not None:
         total.index_add_(1, tail_index.long(), tail.float())
+    if group_size:
+        return total * scale.T.repeat_interleave(group_size, 1)[:, :k]
     return total * scale[:, None]
 
 

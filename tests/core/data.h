@@ -276,7 +276,9 @@ inline void make_weight(int64_t n, int64_t k, int64_t e, uint64_t seed, int fill
     const int64_t need = e - static_cast<int64_t>(w.index.size());
     if (need > 0 && r.below(k - j) < need) w.index.push_back(static_cast<int32_t>(j));
   }
-  w.scale.resize(n);
+  static constexpr int64_t kGroupSizes[] = {16, 32, 64, 128, 400, 1040};
+  w.group = e == 0 && k > 0 && r.below(3) == 0 ? kGroupSizes[r.below(6)] : 0;
+  w.scale.resize(n * (w.group > 0 ? (k + w.group - 1) / w.group : 1));
   w.bias.resize(has_bias ? n : 0);
   for (auto& s : w.scale) s = std::ldexp(0.5f + r.uniform(), wild ? static_cast<int>(r.below(250)) - 125 : -9);
   for (auto& b : w.bias) b = r.gauss() * 3.0f;

@@ -49,22 +49,24 @@ class Rig {
     how_ = tokens.how;
     if (!tokens.inverse.empty()) how_.inverse = inverse_arena_.copy(tokens.inverse.data(), k, plan.side);
     if (!tokens.shift.empty()) how_.shift = shift_arena_.copy(tokens.shift.data(), k, plan.side);
-    packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr};
+    packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr, weight.group};
     uint8_t* packed = packed_arena_.place<uint8_t>(packed_.panels() * packed_.panel_bytes(), plan.side);
     ocsquant::pack_panels(weight.codes.data(), e > 0 ? weight.tail.data() : nullptr, packed_, packed);
     packed_.packed = packed;
     if (e > 0) packed_.tail_index = index_arena_.copy(weight.index.data(), e, plan.side);
-    packed_.scale = scale_arena_.copy(weight.scale.data(), n, plan.side);
+    packed_.scale = scale_arena_.copy(weight.scale.data(), n * packed_.scale_groups(), plan.side);
     if (!weight.bias.empty()) packed_.bias = bias_arena_.copy(weight.bias.data(), n, plan.side);
     exact_ = linear(tokens.codes, tokens.step, weight, expected_);
   }
 
   void run(Level& level) {
     Case c(level,
-           "M %ld N %ld K %ld tail %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s%s, ranges %ld, blocks "
+           "M %ld N %ld K %ld tail %ld groups of %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s%s, "
+           "ranges %ld, blocks "
            "%ld%s",
-           long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), text(tokens_->dtype), text(out_),
-           tokens_->how.bits, tokens_->how.max_outliers, double(tokens_->how.threshold), tokens_->fill,
+           long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), long(packed_.group_channels),
+           text(tokens_->dtype), text(out_), tokens_->how.bits, tokens_->how.max_outliers,
+           double(tokens_->how.threshold), tokens_->fill,
            !how_.symmetric ? ", from below"
            : how_.fixed    ? ", fixed"
            : how_.inverse  ? ", folded"
@@ -89,12 +91,14 @@ class Rig {
           rest_arena_.place<Rest>(m * capacity, side),
           count_arena_.place<int32_t>(m, side),
           offset_arena_.place<int32_t>(m, side),
+          packed_.group_channels > 0 ? group_arena_.place<int32_t>(m * packed_.scale_groups(), side) : nullptr,
           m,
           row_bytes,
           capacity};
     for (int t = 0; t < 2; ++t) {
       scratch_[t] = scratch_arena_[t].place<uint8_t>(ocsquant::quantize_scratch_bytes(packed_, kernels.row_tile), side);
-      sums_[t] = sums_arena_[t].place<int32_t>(kernels.row_block * kPanel, side);
+      const int64_t halves = packed_.group_channels > 0 ? 2 : 1;
+      sums_[t] = sums_arena_[t].place<int32_t>(halves * kernels.row_block * kPanel, side);
     }
     y_ = out_ == Float::f32 ? static_cast<void*>(y_arena_.place<float>(m * packed_.n, side))
                             : y_arena_.place<uint16_t>(m * packed_.n, side);
@@ -125,7 +129,8 @@ class Rig {
     const int64_t panels = packed_.panels(), units = (tokens_->m + rows - 1) / rows * panels;
     on_threads(units, [&](int64_t i, int t) {
       const int64_t u = plan_.backwards ? units - 1 - i : i, first = u / panels * rows;
-      kernels.multiply(a_, packed_, y_, out_, first, std::min(tokens_->m, first + rows), u % panels, sums_[t]);
+      const auto run = packed_.group_channels > 0 ? kernels.multiply_groups : kernels.multiply;
+      run(a_, packed_, y_, out_, first, std::min(tokens_->m, first + rows), u % panels, sums_[t]);
     });
   }
 
@@ -151,13 +156,15 @@ class Rig {
       c.check(false, "y[%ld][%ld] is %a, not %a", long(i / packed_.n), long(i % packed_.n), double(got), double(want));
       break;
     }
-    const Arena* written[] = {&codes_arena_, &step_arena_,       &rest_arena_,       &count_arena_,   &offset_arena_,
-                              &y_arena_,     &scratch_arena_[0], &scratch_arena_[1], &sums_arena_[0], &sums_arena_[1]};
+    const Arena* written[] = {&codes_arena_,   &step_arena_,    &rest_arena_,       &count_arena_,
+                              &offset_arena_,  &y_arena_,       &scratch_arena_[0], &scratch_arena_[1],
+                              &sums_arena_[0], &sums_arena_[1], &group_arena_};
     for (const Arena* arena : written) c.check(arena->intact(), "bytes beside an operand were written");
   }
 
   Arena x_arena_, inverse_arena_, shift_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_,
-      codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, scratch_arena_[2], sums_arena_[2];
+      codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, group_arena_, scratch_arena_[2],
+      sums_arena_[2];
   const Tokens* tokens_ = nullptr;
   const Weight* weight_ = nullptr;
   Float out_ = Float::f32;

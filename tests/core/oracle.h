@@ -130,7 +130,8 @@ struct Weight {
   int64_t n = 0, k = 0, e = 0;
   std::vector<int8_t> codes, tail;  // [n][k], [n][e]
   std::vector<int32_t> index;       // [e]
-  std::vector<float> scale, bias;   // [n]; bias may be empty
+  std::vector<float> scale, bias;   // [n], or [groups][n]; [n] or empty
+  int64_t group = 0;                // channels that share a scale of an output; 0: all
 };
 
 // y[m][n] from codes[m][k]. False if an exact sum does not fit the int32 the kernels keep it in.
@@ -143,11 +144,16 @@ inline bool linear(const std::vector<int32_t>& codes, const std::vector<float>& 
     const int32_t* q = codes.data() + i * w.k;
     for (int64_t j = 0; j < w.n; ++j) {
       const int8_t *c = w.codes.data() + j * w.k, *t = w.tail.data() + j * w.e;
-      int64_t sum = 0;
-      for (int64_t p = 0; p < w.k; ++p) sum += static_cast<int64_t>(q[p]) * c[p];
-      for (int64_t p = 0; p < w.e; ++p) sum += static_cast<int64_t>(q[w.index[p]]) * t[p];
-      fits = fits && sum == static_cast<int32_t>(sum);
-      float v = static_cast<float>(sum) * (step[i] * w.scale[j]);
+      float v = 0.0f;
+      const int64_t group = w.group > 0 ? w.group : std::max<int64_t>(w.k, 1);
+      for (int64_t g = 0; g == 0 || g * group < w.k; ++g) {
+        int64_t sum = 0;
+        for (int64_t p = g * group; p < std::min(w.k, (g + 1) * group); ++p) sum += static_cast<int64_t>(q[p]) * c[p];
+        for (int64_t p = 0; p < w.e; ++p) sum += static_cast<int64_t>(q[w.index[p]]) * t[p];
+        fits = fits && sum == static_cast<int32_t>(sum);
+        const float share = static_cast<float>(sum) * (step[i] * w.scale[g * w.n + j]);
+        v = g == 0 ? share : v + share;
+      }
       if (!w.bias.empty()) v = v + w.bias[j];
       y[i * w.n + j] = v;
     }

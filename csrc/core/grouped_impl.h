@@ -1,0 +1,108 @@
+// The quantized linear with a scale for every group of input channels of an output: exact integer sums of each group,
+// added in float32, the first group first. Included inside a target region, after linear_impl.h.
+#pragma once
+
+namespace ocsquant {
+namespace {
+
+// One group's sums of one row, times its scales, added to the row's total; the last group adds the bias.
+struct GroupEpilogue {
+  const float *scale, *bias;
+  int64_t width;
+  bool first;
+  float edge_scale[kPanel], edge_bias[kPanel];
+
+  OCSQ_INLINE GroupEpilogue(const PackedWeight& w, int64_t panel, int64_t group)
+      : scale(w.scale + group * w.n + panel * kPanel),
+        bias(w.bias != nullptr && group + 1 == w.scale_groups() ? w.bias + panel * kPanel : nullptr),
+        width(w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel),
+        first(group == 0) {
+    if (width == kPanel) return;
+    std::memset(edge_scale, 0, sizeof(edge_scale));
+    std::memcpy(edge_scale, scale, width * sizeof(float));
+    scale = edge_scale;
+    if (bias == nullptr) return;
+    std::memset(edge_bias, 0, sizeof(edge_bias));
+    std::memcpy(edge_bias, bias, width * sizeof(float));
+    bias = edge_bias;
+  }
+
+  OCSQ_INLINE void add(const int32_t* sums, int32_t offset, float step, float* total) const {
+    const Simd::F t = Simd::set1(step);
+    const Simd::I o = Simd::set1_i(offset);
+    for (int64_t j = 0; j < width; j += Simd::W) {
+      const Simd::F sum = Simd::to_float(Simd::sub_i(Simd::load_i(sums + j), o));
+      Simd::F v = Simd::mul(sum, Simd::mul(t, Simd::load(scale + j)));
+      if (!first) v = Simd::add(Simd::load(total + j), v);
+      if (bias != nullptr) v = Simd::add(v, Simd::load(bias + j));
+      Simd::store(total + j, v);
+    }
+  }
+};
+
+// Kept out of multiply_groups(), as finish() is of multiply().
+template <class Tile>
+__attribute__((noinline)) void finish_group(const Activations& a, const PackedWeight& w, const GroupEpilogue& epilogue,
+                                            const uint8_t* weights, int64_t group, int64_t m, int rows, int32_t* sums,
+                                            float* totals, int32_t* rests_done) {
+  const int64_t end = (group + 1) * w.group_channels;
+  for (int i = 0; i < rows; ++i, sums += kPanel, totals += kPanel) {
+    const Rest* rests = a.rests + (m + i) * a.rest_capacity;
+    const int32_t from = rests_done[i];
+    int32_t to = from;
+    while (to < a.rest_count[m + i] && rests[to].k < end) ++to;
+    if (to > from) Tile::add_rests(rests + from, to - from, weights, sums);
+    rests_done[i] = to;
+    const uint32_t codes = static_cast<uint32_t>(a.group_offset_codes[(m + i) * w.scale_groups() + group]);
+    epilogue.add(sums, static_cast<int32_t>(kOffset * codes), a.step[m + i], totals);
+  }
+}
+
+template <class Tile>
+void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
+                     int64_t panel, int32_t* scratch) {
+  const int64_t depth = w.depth(), count = w.scale_groups(), quads = w.groups(), per_group = w.group_channels / kGroup;
+  const uint8_t* weights = w.packed + panel * w.panel_bytes();
+  const uint8_t* bounds = weights + quads * kGroupBytes;
+  const int64_t limit = last - first <= Tile::kRows ? Tile::kDepthBlockFew : Tile::kDepthBlock;
+  float* totals = reinterpret_cast<float*>(scratch);
+  int32_t* group_sums = scratch + Tile::kRowBlock * kPanel;
+  int32_t rests_done[Tile::kRowBlock];
+  std::memset(rests_done, 0, (last - first) * sizeof(int32_t));
+  for (int64_t group = 0; group < count; ++group) {
+    const GroupEpilogue epilogue(w, panel, group);
+    const int64_t begin = group * per_group, end = begin + per_group < quads ? begin + per_group : quads;
+    for (int64_t q = begin, length; q < end; q += length) {
+      length = end - q < limit ? end - q : limit;
+      for (int64_t m = first; m < last; m += Tile::kRows) {
+        const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
+        const int64_t ahead = m == first ? length * kGroupBytes : 0, at = (m - first) * kPanel;
+        Tile::multiply(
+            rows, a.codes + m * a.row_bytes, depth,
+            Block{weights + q * kGroupBytes, bounds + q / kSpan, q, length, epilogue.width, ahead, q == begin},
+            group_sums + at);
+        if (q + length < end) continue;
+        finish_group<Tile>(a, w, epilogue, weights, group, m, rows, group_sums + at, totals + at,
+                           rests_done + m - first);
+      }
+    }
+  }
+  const int64_t width = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
+  for (int64_t m = first; m < last; ++m, totals += kPanel) {
+    const int64_t at = m * w.n + panel * kPanel;
+    if (dtype == Float::f32) {
+      std::memcpy(static_cast<float*>(y) + at, totals, width * sizeof(float));
+    } else {
+      narrow(totals, width, static_cast<uint16_t*>(y) + at);
+    }
+  }
+}
+
+template <class Tile>
+constexpr LinearKernels linear_kernels() {
+  return {Tile::kRows,    Tile::kRowBlock, Tile::row_bytes,      Tile::rest_capacity,
+          quantize<Tile>, multiply<Tile>,  multiply_groups<Tile>};
+}
+
+}  // namespace
+}  // namespace ocsquant
