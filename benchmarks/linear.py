@@ -1,7 +1,8 @@
 """One nn.Linear: ours as a user calls it, against float32 and every engine of torch's quantize_dynamic.
 
-Our side includes quantizing the activations with run-time outlier splitting, the epilogue and the module call. The
-last column of the table is the fastest engine's time over ours, as a median of paired ratios with its 95 % bounds.
+Our side includes quantizing the activations with run-time outlier splitting, the epilogue and the module call; W8A8,
+or another --scheme (the peers stay at 8 bits). The last column of the table is the fastest engine's time over ours, as
+a median of paired ratios with its 95 % bounds.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ SHORT_SIZES, SHORT_TOKENS = (768, 2048), (1, 16, 128)
 COLD_BYTES, COLD_TOKENS = 256 * 2**20, 16  # beyond any cache; with more tokens a weight is used long enough to be hot
 
 
-def competitors(size: int, copies: dict[str, int]) -> dict[str, nn.Sequential]:
+def competitors(size: int, copies: dict[str, int], scheme: str) -> dict[str, nn.Sequential]:
     """Each competitor's layers, `copies[name]` of them."""
     made = {}
     for name, count in copies.items():
         layers = nn.Sequential(*(nn.Linear(size, size) for _ in range(count))).eval()
         if name == "ocsquant":
-            made[name] = ocsquant.quantize(layers)
+            made[name] = ocsquant.quantize(layers, scheme)
         else:
             made[name] = layers if name == "fp32" else measure.dynamic_peer(layers, name)
     return made
 
 
-def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: int) -> list[dict[str, Any]]:
+def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: int, scheme: str) -> list[dict[str, Any]]:
     names = {"fp32": None, "ocsquant": None} | {engine: engine for engine in measure.engines()}
     hot = dict.fromkeys(names, 1)
     bytes_of = {name: size * size * (4 if name == "fp32" else 1) for name in names}
@@ -45,7 +46,7 @@ def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: in
         served = [m for m in tokens if (m <= COLD_TOKENS and cold) == is_cold]
         if not served:
             continue
-        layers = competitors(size, many if is_cold else hot)
+        layers = competitors(size, many if is_cold else hot, scheme)
         for m in served:
             x = torch.randn(m, size)
             calls = {name: Call(measure.rotate(layers[name], x), engine) for name, engine in names.items()}
@@ -68,13 +69,14 @@ def call_overhead(repetitions: int) -> dict[str, list[float]]:
 def main() -> None:
     options = measure.parser(__doc__)
     options.add_argument("--cold", action="store_true", help="up to 16 tokens, rotate over 256 MB of weights")
+    options.add_argument("--scheme", choices=("W8A8", "W4A8", "W2A8"), default="W8A8", help="ours (default W8A8)")
     args: argparse.Namespace = options.parse_args()
     repetitions = measure.start(args)
     torch.manual_seed(0)
     head = measure.header()
     print(measure.show_header(head))
     sizes, tokens = (SHORT_SIZES, SHORT_TOKENS) if args.short else (SIZES, TOKENS)
-    cells = [cell for size in sizes for cell in measure_size(size, tokens, args.cold, repetitions)]
+    cells = [cell for size in sizes for cell in measure_size(size, tokens, args.cold, repetitions, args.scheme)]
     print()
     rows, wins = [], {}
     for cell in cells:
@@ -106,7 +108,8 @@ def main() -> None:
         f"\ncall overhead, 1 token through 16x16: nn.Linear {measure.microseconds(overhead['fp32'])} us, ours "
         f"{measure.microseconds(overhead['ocsquant'])} us, ratio {extra}"
     )
-    measure.finish("linear_cold" if args.cold else "linear", head, text, {"cells": cells, "call_overhead": overhead})
+    name = "linear" + ("_cold" if args.cold else "") + ("" if args.scheme == "W8A8" else f"_{args.scheme}")
+    measure.finish(name, head, text, {"cells": cells, "call_overhead": overhead})
 
 
 if __name__ == "__main__":
