@@ -87,7 +87,7 @@ def kurtosis_loss(model: nn.Module) -> Tensor:
             "kurtosis_loss and with_kurtosis in one step would count the penalty twice (an output's own `loss` has "
             "passed with_kurtosis already)"
         )
-    absent = [path for path, layer in layers.items() if id(layer) not in layer.penalty.outputs]  # type: ignore[union-attr]
+    absent = [path for path, layer in layers.items() if layer.penalty and id(layer) not in layer.penalty.outputs]
     if absent:
         raise PenaltyError(
             f"kurtosis_loss needs every penalized layer's output of an eager forward in training mode since the last "
