@@ -5,7 +5,7 @@ import copy
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_kurtosis_penalty import cross_entropy, data, distance, explicit, network
+from penalized import cross_entropy, data, distance, explicit, network
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,

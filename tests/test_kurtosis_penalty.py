@@ -4,112 +4,22 @@ A lost, doubled or leaked penalty changes the gradient by a tenth or more; all s
 """
 
 import copy
-import gc
 import os
-import weakref
-from collections import namedtuple
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from penalized import TARGETS, WEIGHT, Net, cross_entropy, data, distance, explicit, gradient, network, silent, step
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-import ocsquant
 from ocsquant import qat
-
-WEIGHT = 0.3
-TARGETS = {"plain": 0.0, "hinge": 3.0}
-
-
-class Block(nn.Module):
-    def __init__(self, reentrant: bool | None):
-        super().__init__()
-        self.up, self.down, self.reentrant = nn.Linear(24, 40), nn.Linear(40, 24), reentrant
-
-    def inner(self, x):
-        return x + self.down(F.silu(self.up(x)))
-
-    def forward(self, x):
-        return self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
-
-
-class Net(nn.Module):
-    def __init__(self, reentrant: bool | None = None):
-        super().__init__()
-        self.blocks, self.head = nn.ModuleList(Block(reentrant) for _ in range(3)), nn.Linear(24, 5)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
-def network(kind: str, reentrant: bool | None = None) -> Net:
-    torch.manual_seed(0)
-    model = Net(reentrant)
-    config = qat.Config(clip_init=2.5, kurtosis_weight=WEIGHT, kurtosis_target=TARGETS[kind], skip=("head",))
-    return qat.prepare(model, config)
-
-
-def data() -> tuple[torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(16, 7, 24, generator=g)
-    return x * (1 + 4 * (torch.rand(24, generator=g) > 0.8)), torch.randint(0, 5, (16, 7), generator=g)
-
-
-def cross_entropy(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
-
-
-def gradient(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-
-def explicit(kind: str, parts: int = 1, factor: float = 1.0) -> torch.Tensor:
-    """The gradient with the penalty written into the loss, layer by layer, without anything of ocsquant.qat's."""
-    model = network(kind)
-    for p in [m.penalty for m in model.modules() if isinstance(m, qat.QATLinear)]:
-        p.weight = 0.0
-    outputs = []
-    for layer in model.modules():
-        if isinstance(layer, qat.QATLinear):
-            layer.register_forward_hook(lambda module, args, y: outputs.append(y))
-    x, y = data()
-    for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
-        outputs.clear()
-        loss = cross_entropy(model(a), b)
-        for out in outputs:
-            k = ocsquant.ops.kurtosis(out)
-            loss = loss + WEIGHT * out.shape[-1] / 64 * (k - TARGETS[kind]).clamp(min=0).mean()
-        (loss * (factor / parts)).backward()
-    return gradient(model)
-
-
-def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
-
-
-def step(model: nn.Module, run=None, parts: int = 1, factor: float = 1.0) -> torch.Tensor:
-    """The gradient of a step with the anchor."""
-    x, y = data()
-    x.requires_grad_()  # reentrant checkpointing asks for it
-    for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
-        (qat.with_kurtosis(model, cross_entropy((model if run is None else run)(a), b)) * (factor / parts)).backward()
-    return gradient(model)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
     torch.compiler.reset()
-
-
-def silent(model: nn.Module) -> bool:
-    """Whether the scale has returned to 0."""
-    return all(float(p.scale) == 0.0 for p in qat.losses.penalties_of(model))
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -231,184 +141,6 @@ def exact_gradient(model: Net, kind: str, x: torch.Tensor, y: torch.Tensor) -> t
         h = h + linear(block.down, F.silu(linear(block.up, h)))
     (cross_entropy(linear(model.head, h), y) + penalty).backward()
     return torch.cat([doubles[id(p)].grad.flatten() for p in model.parameters()])
-
-
-@pytest.mark.parametrize("kind", TARGETS)
-def test_kurtosis_loss_is_the_same_penalty(kind):
-    model = network(kind)
-    x, y = data()
-    for _ in range(2):
-        model.zero_grad()
-        loss = cross_entropy(model(x), y)
-        (loss + qat.kurtosis_loss(model)).backward()
-        assert distance(gradient(model), explicit(kind)) <= 1e-6
-        assert not model.blocks[0].up.penalty.outputs  # dropped in backward
-        with pytest.raises(ocsquant.PenaltyError, match="with_kurtosis"):
-            qat.kurtosis_loss(model)
-    x, y = data()
-    model.zero_grad()
-    for a, b in zip(x.chunk(4), y.chunk(4), strict=True):
-        ((cross_entropy(model(a), b) + qat.kurtosis_loss(model)) / 4).backward()
-    assert distance(gradient(model), explicit(kind, 4)) <= 1e-6
-
-
-def test_a_part_of_the_outputs_is_not_taken_for_the_whole():
-    model = network("plain")
-    model.blocks[0].reentrant = False
-    x, y = data()
-    loss = cross_entropy(model(x), y)
-    with pytest.raises(ocsquant.PenaltyError, match=r"blocks\.0\.up"):
-        qat.kurtosis_loss(model)
-    qat.with_kurtosis(model, loss).backward()
-    assert distance(gradient(model), explicit("plain")) <= 1e-6
-
-
-def test_a_layer_that_no_token_reached_adds_nothing():
-    model = qat.prepare(nn.Linear(8, 8), qat.Config(clip_init=2.0, kurtosis_target=0.0))
-    full, empty = torch.randn(4, 8), torch.randn(0, 8)
-    model(full)
-    alone = qat.kurtosis_loss(model)
-    model(full)
-    kept = next(iter(model.penalty.outputs.values()))
-    kept.append(nn.functional.linear(empty, model.weight))
-    assert torch.equal(qat.kurtosis_loss(model), alone)
-    model(empty)
-    assert qat.kurtosis_loss(model) == 0
-
-
-def test_an_interrupted_backward_leaves_nothing():
-    model = network("plain")
-    x, y = data()
-
-    def fail(grad):
-        raise KeyboardInterrupt
-
-    loss = qat.with_kurtosis(model, cross_entropy(model(x), y))
-    handle = model.blocks[0].down.weight.register_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
-        loss.backward()
-    handle.remove()
-    assert not silent(model)
-    model.zero_grad()
-    cross_entropy(model(x), y).backward()
-    got = gradient(model)
-    qat.set_kurtosis_weight(model, 0.0)
-    model.zero_grad()
-    assert distance(step(model), got) <= 1e-6
-
-
-def test_a_forward_without_backward_does_not_keep_the_model():
-    model = network("plain")
-    x, _ = data()
-    model(x)
-    weight = weakref.ref(model.blocks[0].up.weight)
-    del model
-    gc.collect()
-    assert weight() is None
-
-
-def test_a_second_derivative_is_refused():
-    model = network("plain")
-    x, y = data()
-    loss = qat.with_kurtosis(model, cross_entropy(model(x), y))
-    with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-
-
-def test_both_ways_in_one_step_are_refused():
-    model = network("plain")
-    x, y = data()
-    loss = cross_entropy(model(x), y)
-    qat.kurtosis_loss(model)
-    with pytest.raises(ocsquant.PenaltyError, match="twice"):
-        qat.with_kurtosis(model, loss)
-    qat.with_kurtosis(model, cross_entropy(model(x), y))
-    with pytest.raises(ocsquant.PenaltyError, match="twice"):
-        qat.kurtosis_loss(model)
-    (cross_entropy(model(x), y) + qat.kurtosis_loss(model)).backward()  # a new forward begins anew
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_the_explicit_loss_names_the_other_where_outputs_are_recomputed(reentrant):
-    model = network("plain", reentrant)
-    x, _ = data()
-    model(x.requires_grad_())
-    with pytest.raises(ocsquant.PenaltyError, match="with_kurtosis"):
-        qat.kurtosis_loss(model)
-
-
-def test_nested_anchors_and_unrelated_terms():
-    model = network("plain")
-    x, y = data()
-    loss = qat.with_kurtosis(model, qat.with_kurtosis(model, cross_entropy(model(x), y)))
-    (loss + sum(p.square().sum() for p in model.parameters()) * 0.0).backward()
-    assert distance(gradient(model), explicit("plain")) <= 1e-6
-    assert silent(model)
-
-
-def test_an_output_changed_in_place_is_refused():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
-    qat.prepare(model, qat.Config(clip_init=2.0))
-    with pytest.raises(RuntimeError, match="inplace"):
-        model(torch.randn(3, 8)).sum().backward()
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
-    qat.prepare(model, qat.Config(clip_init=2.0, kurtosis_weight=0.0))(torch.randn(3, 8)).sum().backward()
-
-
-def test_copies_and_evaluation():
-    model = network("plain")
-    x, y = data()
-    model(x)
-    again = copy.deepcopy(model)
-    assert not again.blocks[0].up.penalty.outputs
-    assert again.blocks[0].up.penalty is again.blocks[1].down.penalty
-    assert not any("log" in key or "scale" in key for key in model.state_dict())
-    assert distance(step(again), explicit("plain")) <= 1e-6
-    assert silent(model)
-    assert not any(p.grad is not None for p in model.parameters())
-    model.eval()
-    qat.with_kurtosis(model, cross_entropy(model(x), y)).backward()
-    assert all(m.log[2] == 0 for m in model.modules() if isinstance(m, qat.QATLinear))
-    with torch.no_grad():
-        assert not qat.with_kurtosis(model, cross_entropy(model(x), y)).requires_grad
-
-
-Named = namedtuple("Named", ["loss", "logits"])
-
-
-@dataclass(frozen=True)
-class Frozen:
-    loss: torch.Tensor
-
-
-@dataclass
-class Plain:
-    loss: torch.Tensor
-
-
-OUTPUTS = {
-    "object": Plain,
-    "frozen": Frozen,
-    "named tuple": lambda loss: Named(loss, None),
-    "mapping": lambda loss: {"loss": loss},
-}
-
-
-@pytest.mark.parametrize("kind", OUTPUTS)
-def test_an_output_with_a_loss_is_anchored_by_itself(kind):
-    class WithLoss(Net):
-        def forward(self, x, y):
-            return OUTPUTS[kind](cross_entropy(super().forward(x), y))
-
-    torch.manual_seed(0)
-    config = qat.Config(clip_init=2.5, kurtosis_weight=WEIGHT, kurtosis_target=0.0, skip=("head",))
-    model = qat.prepare(WithLoss(), config)
-    output = model(*data())
-    loss = output["loss"] if kind == "mapping" else output.loss
-    loss.backward()
-    assert distance(gradient(model), explicit("plain")) <= 1e-6
-    qat.convert(nn.ModuleDict({"inside": model}))
-    model(*data())  # no hook is left that would look for the penalty
 
 
 def _worker(rank: int, path: str, compiled: bool, results) -> None:
