@@ -143,11 +143,11 @@ def exact_gradient(model: Net, kind: str, x: torch.Tensor, y: torch.Tensor) -> t
     return torch.cat([doubles[id(p)].grad.flatten() for p in model.parameters()])
 
 
-def _worker(rank: int, path: str, compiled: bool, results) -> None:
+def _worker(rank: int, path: str, kind: str, compiled: bool, results) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    model = network("hinge")
+    model = network(kind)
     parallel = nn.parallel.DistributedDataParallel(model)
     run = torch.compile(parallel, backend="aot_eager") if compiled else parallel
     x, y = data()
@@ -161,12 +161,13 @@ def _worker(rank: int, path: str, compiled: bool, results) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("kind", TARGETS)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_two_processes(tmp_path, compiled):
+def test_two_processes(tmp_path, compiled, kind):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
     workers = [
-        context.Process(target=_worker, args=(rank, str(tmp_path / "rendezvous"), compiled, results))
+        context.Process(target=_worker, args=(rank, str(tmp_path / "rendezvous"), kind, compiled, results))
         for rank in range(2)
     ]
     for worker in workers:
@@ -175,4 +176,4 @@ def test_two_processes(tmp_path, compiled):
         worker.join(120)
         assert worker.exitcode == 0
     # Means over equal parts: two processes with two micro-batches each are four micro-batches.
-    assert distance(torch.from_numpy(results.get()), explicit("hinge", 4)) <= 1e-6
+    assert distance(torch.from_numpy(results.get()), explicit(kind, 4)) <= 1e-6

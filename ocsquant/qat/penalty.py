@@ -18,30 +18,24 @@ from torch import Tensor, nn
 from ocsquant.ops import kurtosis
 from ocsquant.ops.library import check_once, compiled
 
-REFERENCE_WIDTH = (
-    64  # outputs of a layer at which weights are quoted; the gradient of one output falls with their number
-)
+REFERENCE_WIDTH = 64  # outputs for which weights are quoted; the gradient of one output falls with their number
 _inject = compiled.kurtosis_inject.default
 _anchor = compiled.kurtosis_anchor.default
 _handles = itertools.count(1)
 _penalties: weakref.WeakValueDictionary[int, Penalty] = weakref.WeakValueDictionary()
 
 
-class Outputs(dict[int, list[Tensor]]):
-    """The outputs of eager layers, by the layer's id; a dict that can be referred to weakly."""
-
-
 class Penalty:
     """What the penalized layers of one prepared model share.
 
     `weight` may change from step to step; `scale` is the 0-dim tensor that backward reads; `outputs` holds what eager
-    layers gave since the model's last forward began. `acted`: some step let it act.
+    layers, by their id, gave since the model's last forward began. `acted`: some step let it act.
     """
 
     def __init__(self, weight: float, acted: bool = False) -> None:
         self.weight, self.acted = weight, acted
-        self.scale = torch.zeros((), dtype=torch.float32)
-        self.outputs = Outputs()
+        self.scale = torch.zeros((), dtype=torch.float32, device="cpu")
+        self.outputs: dict[int, list[Tensor]] = {}
         self.anchored = self.explicit = False
         self.handle = next(_handles)
         _penalties[self.handle] = self
