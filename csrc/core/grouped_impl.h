@@ -6,26 +6,10 @@ namespace ocsquant {
 namespace {
 
 // One group's sums of one row, times its scales, added to the row's total; the last group adds the bias.
-struct GroupEpilogue {
-  const float *scale, *bias;
-  int64_t width;
+struct GroupEpilogue : Epilogue {
   bool first;
-  float edge_scale[kPanel], edge_bias[kPanel];
-
   OCSQ_INLINE GroupEpilogue(const PackedWeight& w, int64_t panel, int64_t group)
-      : scale(w.scale + group * w.n + panel * kPanel),
-        bias(w.bias != nullptr && group + 1 == w.scale_groups() ? w.bias + panel * kPanel : nullptr),
-        width(w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel),
-        first(group == 0) {
-    if (width == kPanel) return;
-    std::memset(edge_scale, 0, sizeof(edge_scale));
-    std::memcpy(edge_scale, scale, width * sizeof(float));
-    scale = edge_scale;
-    if (bias == nullptr) return;
-    std::memset(edge_bias, 0, sizeof(edge_bias));
-    std::memcpy(edge_bias, bias, width * sizeof(float));
-    bias = edge_bias;
-  }
+      : Epilogue(w, panel, group), first(group == 0) {}
 
   OCSQ_INLINE void add(const int32_t* sums, int32_t offset, float step, float* total) const {
     const Simd::F t = Simd::set1(step);

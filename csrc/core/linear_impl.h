@@ -101,18 +101,18 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
   }
 }
 
-// Scale and bias of one panel, padded to 64 columns.
+// Scale of one panel, or of one group of its channels, and with the last group its bias; padded to 64 columns.
 struct Epilogue {
   const float* scale;
   const float* bias;
   int64_t width;
   float edge_scale[kPanel], edge_bias[kPanel];
 
-  OCSQ_INLINE Epilogue(const PackedWeight& w, int64_t panel) {
+  OCSQ_INLINE Epilogue(const PackedWeight& w, int64_t panel, int64_t group = 0) {
     const int64_t n0 = panel * kPanel;
     width = w.n - n0 < kPanel ? w.n - n0 : kPanel;
-    scale = w.scale + n0;
-    bias = w.bias != nullptr ? w.bias + n0 : nullptr;
+    scale = w.scale + group * w.n + n0;
+    bias = w.bias != nullptr && group + 1 == w.scale_groups() ? w.bias + n0 : nullptr;
     if (width < kPanel) {
       std::memset(edge_scale, 0, sizeof(edge_scale));
       std::memcpy(edge_scale, scale, width * sizeof(float));

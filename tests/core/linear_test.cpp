@@ -156,10 +156,10 @@ class Rig {
       c.check(false, "y[%ld][%ld] is %a, not %a", long(i / packed_.n), long(i % packed_.n), double(got), double(want));
       break;
     }
-    const Arena* written[] = {&codes_arena_,   &step_arena_,    &rest_arena_,       &count_arena_,
-                              &offset_arena_,  &y_arena_,       &scratch_arena_[0], &scratch_arena_[1],
-                              &sums_arena_[0], &sums_arena_[1], &group_arena_};
+    const Arena* written[] = {&codes_arena_, &step_arena_,       &rest_arena_,       &count_arena_,   &offset_arena_,
+                              &y_arena_,     &scratch_arena_[0], &scratch_arena_[1], &sums_arena_[0], &sums_arena_[1]};
     for (const Arena* arena : written) c.check(arena->intact(), "bytes beside an operand were written");
+    if (a_.group_offset_codes != nullptr) c.check(group_arena_.intact(), "bytes beside the groups' sums were written");
   }
 
   Arena x_arena_, inverse_arena_, shift_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_,
