@@ -18,7 +18,7 @@ from ocsquant.observers import statistics_of
 from ocsquant.planning import Plan, Target, kernel_problem
 from ocsquant.progress import bar_of, layer_bar
 from ocsquant.qat.hooks import unhook
-from ocsquant.qat.linear import QATLinear
+from ocsquant.qat.linear import QATLinear, prepared_layers
 from ocsquant.qat.losses import warn_if_idle
 from ocsquant.transaction import commit, inherit, set_attribute
 
@@ -51,15 +51,12 @@ def convert(
         NotCalibratedError: `weights` needs calibration and there is none, or it did not reach a layer.
         UnsupportedModuleError: a layer has no integer kernel for these weights; says why.
     """
-    check_type("model", model, nn.Module, "a torch.nn.Module")
+    layers = prepared_layers(model)
     check_type("weights", weights, (Weights, type(None)), "an ocsquant.Weights or None")
     check_type("simulate", simulate, bool, "True or False")
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     if weights is not None and weights.bits is None:
         raise ArgumentError("weights", "a Weights with bits", weights)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, QATLinear)}
-    if not layers:
-        raise ArgumentError("model", "a model of ocsquant.qat.prepare", type(model).__name__)
     warn_if_idle(list(layers.values()))
 
     def bar(batches: Iterable[Any]) -> Iterable[Any]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ocsquant.config import Weights
+from ocsquant.config import Weights, check_type
+from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import blocked, code_limit, usable_scale
 from ocsquant.nn.quantized import keeping_dtype
 from ocsquant.ops import fake_quantize_clip, fake_quantize_split
@@ -17,7 +18,11 @@ from ocsquant.qat.config import Config
 from ocsquant.qat.penalty import Penalty
 
 Self = TypeVar("Self", bound="QATLinear")
-KERNELS = (torch.float32, torch.bfloat16)  # other dtypes are widened on the way in
+
+
+def _widened(x: Tensor) -> Tensor:
+    """In a dtype that the operators take."""
+    return x if x.dtype in (torch.float32, torch.bfloat16) else x.float()
 
 
 class QATLinear(nn.Linear):
@@ -53,8 +58,7 @@ class QATLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
         if self.penalty is not None and self.training and torch.is_grad_enabled() and y.requires_grad:
-            target, wide = self.config.kurtosis_target, y if y.dtype in KERNELS else y.float()
-            y = self.penalty.apply(self, wide, target, self.log).to(y.dtype)
+            y = self.penalty.apply(self, _widened(y), self.config.kurtosis_target, self.log).to(y.dtype)
         return y
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -63,9 +67,8 @@ class QATLinear(nn.Linear):
             x = x * self.input_inverse.to(x.dtype)
         if self.clip_neg is None or self.clip_pos is None or self.config.activation_bits is None:
             return x
-        wide = x if x.dtype in KERNELS else x.float()
         bits, align_zero = self.config.activation_bits, self.config.align_zero
-        return fake_quantize_clip(wide, self.clip_neg, self.clip_pos, bits, align_zero).to(x.dtype)
+        return fake_quantize_clip(_widened(x), self.clip_neg, self.clip_pos, bits, align_zero).to(x.dtype)
 
     def quantized_weight(self) -> Tensor:
         """The weight, or what its codes stand for where it is trained through its rounding."""
@@ -79,8 +82,7 @@ class QATLinear(nn.Linear):
             splits = torch.ones(rows.shape[1], dtype=torch.int32, device=w.device)
         with torch.no_grad():
             scale = usable_scale((rows.float().abs() / splits).amax(1) / code_limit(bits))
-        wide = rows if rows.dtype in KERNELS else rows.float()
-        rows = fake_quantize_split(wide, scale, splits, bits).to(w.dtype)
+        rows = fake_quantize_split(_widened(rows), scale, splits, bits).to(w.dtype)
         return rows if rows.shape == w.shape else rows.reshape(w.shape[0], -1)[:, : self.in_features]
 
     @property
@@ -102,3 +104,12 @@ class QATLinear(nn.Linear):
         kept = {id(t) for t in own if t is not None} | {id(t.grad) for t in own[:2] if t is not None}
         keep = keeping_dtype(fn)
         return super()._apply(lambda t: keep(t) if id(t) in kept else fn(t), recurse)
+
+
+def prepared_layers(model: nn.Module) -> dict[str, QATLinear]:
+    """By their paths. Raises ArgumentError for a model that holds none."""
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, QATLinear)}
+    if not layers:
+        raise ArgumentError("model", "a model of ocsquant.qat.prepare", type(model).__name__)
+    return layers

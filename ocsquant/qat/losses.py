@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ocsquant.config import check_number, check_type
 from ocsquant.errors import ArgumentError, PenaltyError, first_few
-from ocsquant.qat.linear import QATLinear
+from ocsquant.qat.linear import QATLinear, prepared_layers
 from ocsquant.qat.penalty import Anchor, Penalty
 
 
@@ -22,17 +22,12 @@ def penalties_of(model: nn.Module) -> list[Penalty]:
     return list(found.values())
 
 
-def _layers(model: nn.Module) -> dict[str, QATLinear]:
-    check_type("model", model, nn.Module, "a torch.nn.Module")
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, QATLinear)}
-    if not layers:
-        raise ArgumentError("model", "a model of ocsquant.qat.prepare", type(model).__name__)
-    return layers
-
-
 def _penalties(model: nn.Module) -> list[Penalty]:
-    _layers(model)
-    return penalties_of(model)
+    check_type("model", model, nn.Module, "a torch.nn.Module")
+    found = penalties_of(model)
+    if not found:
+        prepared_layers(model)  # none at all is an error, none that is penalized is not
+    return found
 
 
 def with_kurtosis(model: nn.Module, loss: Tensor, share: float | Tensor | None = None) -> Tensor:
@@ -80,7 +75,7 @@ def kurtosis_loss(model: nn.Module) -> Tensor:
     Raises:
         PenaltyError: a penalized layer gave no output in such a forward, or `with_kurtosis` was applied to this one.
     """
-    layers = {path: layer for path, layer in _layers(model).items() if layer.penalty is not None}
+    layers = {path: layer for path, layer in prepared_layers(model).items() if layer.penalty is not None}
     penalties = penalties_of(model)
     if any(penalty.anchored for penalty in penalties):
         raise PenaltyError(
@@ -118,7 +113,7 @@ def kurtosis_report(model: nn.Module) -> dict[str, float]:
 
     Warns where backward ran and the penalty never acted.
     """
-    layers = {path: layer for path, layer in _layers(model).items() if layer.penalty is not None}
+    layers = {path: layer for path, layer in prepared_layers(model).items() if layer.penalty is not None}
     warn_if_idle(list(layers.values()))
     report = {}
     for path, layer in layers.items():

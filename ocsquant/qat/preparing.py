@@ -19,7 +19,7 @@ from ocsquant.planning import covers, linear_places, parameter_holders
 from ocsquant.progress import bar_of
 from ocsquant.qat.config import SKIP, Config
 from ocsquant.qat.hooks import hook_root
-from ocsquant.qat.linear import QATLinear
+from ocsquant.qat.linear import QATLinear, prepared_layers
 from ocsquant.qat.penalty import Penalty
 from ocsquant.reporting import Layer
 from ocsquant.transaction import Change, become, commit, inherit, set_attribute, temporarily
@@ -174,7 +174,7 @@ def param_groups(
         model: of `prepare`.
         lr: of all parameters. weight_decay: of all but the clips. betas: Adam's, (0, betas[1]) for the clips.
     """
-    check_type("model", model, nn.Module, "a torch.nn.Module")
+    layers = prepared_layers(model).values()
     check_number("lr", lr, 0.0, 1e6)
     check_number("weight_decay", weight_decay, 0.0, 1e6)
     check_type("betas", betas, (tuple, list), "two numbers")
@@ -182,9 +182,6 @@ def param_groups(
         raise ArgumentError("betas", "two numbers", betas)
     for beta in betas:
         check_number("betas", beta, 0.0, 1.0)
-    layers = [m for m in model.modules() if isinstance(m, QATLinear)]
-    if not layers:
-        raise ArgumentError("model", "a model of ocsquant.qat.prepare", type(model).__name__)
     clips = [c for layer in layers for c in (layer.clip_neg, layer.clip_pos) if c is not None and c.requires_grad]
     own = {id(c) for c in clips}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
