@@ -16,9 +16,14 @@ from measure import Call
 from torch import nn
 
 import ocsquant
+from ocsquant import Recipe, Weights
 from ocsquant.methods.grid import quantize_weight
 from ocsquant.nn import QuantizedLinear
 
+# W4 and W2: one scale for each output, without zero points.
+SCHEMES: dict[str, Recipe | str] = {"W8A8": "W8A8", "W4A8": "W4A8", "W2A8": "W2A8"} | {
+    f"W{bits}": Recipe(Weights(bits=bits)) for bits in (6, 4, 2)
+}
 SIZES, TOKENS = (768, 2048, 4096), (1, 4, 16, 128, 1024)
 SHORT_SIZES, SHORT_TOKENS = (768, 2048), (1, 16, 128)
 COLD_BYTES, COLD_TOKENS = 256 * 2**20, 16  # beyond any cache; with more tokens a weight is used long enough to be hot
@@ -30,16 +35,24 @@ def competitors(size: int, copies: dict[str, int], scheme: str) -> dict[str, nn.
     for name, count in copies.items():
         layers = nn.Sequential(*(nn.Linear(size, size) for _ in range(count))).eval()
         if name == "ocsquant":
-            made[name] = ocsquant.quantize(layers, scheme)
+            made[name] = ocsquant.quantize(layers, SCHEMES[scheme])
         else:
             made[name] = layers if name == "fp32" else measure.dynamic_peer(layers, name)
     return made
 
 
+def packed_bytes(size: int, scheme: str) -> int:
+    layer: Any = ocsquant.quantize(nn.Linear(size, size), SCHEMES[scheme])
+    return int(layer.packed.numel())
+
+
 def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: int, scheme: str) -> list[dict[str, Any]]:
     names = {"fp32": None, "ocsquant": None} | {engine: engine for engine in measure.engines()}
     hot = dict.fromkeys(names, 1)
-    bytes_of = {name: size * size * (4 if name == "fp32" else 1) for name in names}
+    stored = packed_bytes(size, scheme)
+    bytes_of = {
+        name: size * size * 4 if name == "fp32" else stored if name == "ocsquant" else size * size for name in names
+    }
     many = {name: -(-COLD_BYTES // bytes_of[name]) for name in names}
     cells = []
     for is_cold in (True, False) if cold else (False,):
@@ -52,7 +65,7 @@ def measure_size(size: int, tokens: tuple[int, ...], cold: bool, repetitions: in
             calls = {name: Call(measure.rotate(layers[name], x), engine) for name, engine in names.items()}
             # A rotation has to come round once, or the layers measured are only the first ones.
             times = measure.interleave(calls, repetitions, block=40e-3 if is_cold else measure.BLOCK)
-            cells.append({"size": size, "tokens": m, "cold": is_cold, "times": times})
+            cells.append({"size": size, "tokens": m, "cold": is_cold, "bytes": stored, "times": times})
             print(".", end="", flush=True)
     return sorted(cells, key=lambda cell: cell["tokens"])
 
@@ -69,7 +82,7 @@ def call_overhead(repetitions: int) -> dict[str, list[float]]:
 def main() -> None:
     options = measure.parser(__doc__)
     options.add_argument("--cold", action="store_true", help="up to 16 tokens, rotate over 256 MB of weights")
-    options.add_argument("--scheme", choices=("W8A8", "W4A8", "W2A8"), default="W8A8", help="ours (default W8A8)")
+    options.add_argument("--scheme", choices=SCHEMES, default="W8A8", help="ours (default W8A8)")
     args: argparse.Namespace = options.parse_args()
     repetitions = measure.start(args)
     torch.manual_seed(0)
@@ -92,7 +105,7 @@ def main() -> None:
                 "cold" if cell["cold"] else "hot",
                 *(measure.microseconds(times[name]) for name in times),
                 f"{2 * m * size * size / ours / 1e9:.0f}",
-                f"{size * size / ours / 1e9:.1f}",
+                f"{cell['bytes'] / ours / 1e9:.1f}",
                 measure.ratio(times["fp32"], times["ocsquant"]),
                 f"{won} {best}",
             ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ocsquant import ops
 from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
-from ocsquant.layout import packed_shape
+from ocsquant.layout import WIDTHS, packed_shape
 from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
 from ocsquant.planning import GROUP_STEP
 
@@ -88,15 +88,29 @@ def _quantized_linear(
     e = check.index(index, k)
     inverse, shift = t.get("input_inverse"), t.get("input_shift")
     check(size == 0 or (index is None and inverse is None), "its groups leave no room for a tail or input scales")
-    shape = packed_shape(n, k, e)
+    width, zero, levels = settings["weight_bits"], t.get("zero"), t.get("levels")
+    check(type(width) is int and width in WIDTHS, f"weight_bits must be one of {WIDTHS}")
+    check(width < 8 or (zero is None and levels is None), "zero and levels are there for less than 8 bits")
+    check(zero is None or levels is None, "it has levels and zero points")
+    if zero is not None:
+        fits = zero.dtype == torch.uint8 and zero.shape == (-(-k // size) if size else 1, n)
+        check(fits and bool((zero < 2**width).all()), "zero must be uint8, for every scale one below 2^weight_bits")
+    if levels is not None:
+        fits = levels.dtype == torch.int8 and levels.dim() == 1 and 1 <= levels.numel() <= 2**width
+        check(fits, "levels must be an int8 vector of at most 2^weight_bits")
+    shape = packed_shape(n, k, e, width)
     check(packed.dtype == torch.uint8 and packed.shape == shape, f"packed must be uint8 {shape}")
-    base, tail = ops.unpack_weight(packed, n, k, e)
-    check(torch.equal(ops.pack_weight(base, tail), packed), "packed holds something else than codes and their bounds")
+    form = (width, zero, levels, size)
+    base, tail = ops.unpack_weight(packed, n, k, e, *form)
+    same = torch.equal(ops.pack_weight(base, tail if e else None, *form), packed)
+    check(same, "packed holds something else than codes and their bounds")
     check((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
     check(shift is None or inverse is not None, "it has an input_shift without input_inverse")
     check.floats("input_inverse", inverse, (k,), positive=True)
     check.floats("input_shift", shift, (k,))
-    return QuantizedLinear(k, n, bits, activations, packed, scale, bias, index, inverse, shift, size)
+    return QuantizedLinear(
+        k, n, bits, activations, packed, scale, bias, index, inverse, shift, size, width, zero, levels
+    )
 
 
 def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:

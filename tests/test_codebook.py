@@ -142,7 +142,8 @@ def test_one_product_is_the_sum_of_the_parts(name, bits):
     whole = (x * 20).round().clamp(-127, 127)
     whole[:, 0] = 127.0
     one = torch.ones(64)
-    total = ops.quantized_linear(whole, made.packed, one, max_outliers=0)
+    form = (made.group_size, made.weight_bits, made.zero, made.levels)
+    total = ops.quantized_linear(whole, made.packed, one, None, None, 8, 0, 4.0, *form)
     parts = [
         ops.quantized_linear(
             whole, ops.pack_weight(torch.where(part == p, codes, 0).to(torch.int8)), one, max_outliers=0

@@ -68,18 +68,44 @@ EXCUSED_LINEAR = {
     "bias.range": "it is only added",
 }
 
+# Beside a right call at 8 bits; test_low_bits.py has those at fewer.
+WRONG_STORAGE: dict[str, dict[str, Any]] = {
+    "weight_bits": {"range": 5, "below": 1},
+    "zero": {
+        "dtype": tensor(1, 70),
+        "rank": tensor(70, dtype=torch.uint8),
+        "size": tensor(2, 70, dtype=torch.uint8),
+        "range": tensor(1, 70, dtype=torch.uint8),
+        "device": tensor(1, 70, dtype=torch.uint8).to("meta"),
+    },
+    "levels": {
+        "dtype": tensor(16),
+        "rank": int8(1, 16),
+        "size": int8(17),
+        "range": int8(16),
+        "device": int8(16).to("meta"),
+    },
+}
+WRONG_GROUPS: dict[str, Any] = {"range": 24, "below": -16, "tail": Wrong(16, text="tail")}
+
 OPERATOR_CASES = {
     "ops.cpu_isa": Case(ops.cpu_isa),
     "ops.pack_weight": Case(
         ops.pack_weight,
         {"codes": int8(70, 30), "tail": int8(70, 3)},
-        {"codes": {"deep": int8(70, 131072)}},
+        {"codes": {"deep": int8(70, 131072)}, **WRONG_STORAGE, "group_size": WRONG_GROUPS},
         {"codes.range": "-128, which quantize never makes, is computed exactly too", "tail.range": "as codes"},
     ),
     "ops.unpack_weight": Case(
         ops.unpack_weight,
         {"packed": PACKED, "n": 70, "k": 30, "e": 3},
-        {"n": {"range": 200}, "k": {"range": 40, "below": -1, "huge": 2**62}, "e": {"range": 9, "below": -2}},
+        {
+            "n": {"range": 200},
+            "k": {"range": 40, "below": -1, "huge": 2**62},
+            "e": {"range": 9, "below": -2},
+            **WRONG_STORAGE,
+            "group_size": WRONG_GROUPS,
+        },
         {"packed.range": "every byte is a code or a bound", "packed.device": "it is the only tensor"},
     ),
     "ops.pack_codes": Case(
@@ -135,6 +161,7 @@ OPERATOR_CASES = {
         ops.quantized_linear,
         {"x": tensor(2, 30), "packed": PACKED, "scale": tensor(70), "bias": tensor(70), "tail_index": INDEX},
         WRONG_LINEAR
+        | WRONG_STORAGE
         | {
             "group_size": {
                 "range": 24,
@@ -157,7 +184,7 @@ OPERATOR_CASES = {
             "tail_index": INDEX,
             "max_outliers": 2,
         },
-        WRONG_LINEAR | {"symmetric": {"outliers": Wrong(False, text="symmetric")}},
+        WRONG_LINEAR | WRONG_STORAGE | {"symmetric": {"outliers": Wrong(False, text="symmetric")}},
         EXCUSED_LINEAR
         | {
             "input_inverse.range": "what is not finite after it gives NaN",
@@ -201,6 +228,7 @@ OPERATOR_CASES = {
             "k": {"range": 64, "below": -1},
             "scale": {"size": Wrong(tensor(140), text="140")},
             "tail_index": {"size": Wrong(int32(*range(6)), text="e = 6"), "range": Wrong(int32(1, 5, 30), text="30")},
+            **WRONG_STORAGE,
             "group_size": {"range": -16, "scale": Wrong(16, text="scale")},
         },
         {"packed.range": "every byte is a code or a bound", "scale.range": "it is only multiplied"},

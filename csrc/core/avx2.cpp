@@ -35,7 +35,7 @@ namespace {
 
 struct PairRun : Block {
   const uint8_t* fits;  // for every span whether 16 bits hold its sums
-  int32_t offset[4];    // for every row what takes the weights' offset off the other spans
+  int32_t take_off[4];  // for every row what takes the weights' offset off the other spans
 };
 
 OCSQ_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -51,15 +51,16 @@ struct Quad {
 };
 OCSQ_INLINE const Quad& quad(const uint8_t* p) { return *reinterpret_cast<const Quad*>(p); }
 
-// 16-bit sums from minus 128 times the lanes' activations on.
-OCSQ_INLINE void start16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a, const Quad& minus_lanes) {
+// 16-bit sums from minus the weights' offset times the lanes' activations on.
+OCSQ_INLINE void start16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a, const Quad& minus_lanes,
+                         __m128i offset_bits) {
   __m256i x, product;
   __asm__ volatile(
-      "vpbroadcastd %[lanes], %[sum0]\n\tvpbroadcastd %[a], %[x]\n\tvpsllw $7, %[sum0], %[sum0]\n\t"
+      "vpbroadcastd %[lanes], %[sum0]\n\tvpbroadcastd %[a], %[x]\n\tvpsllw %[bits], %[sum0], %[sum0]\n\t"
       "vpmaddubsw %[x], %[w0], %[product]\n\tvpmaddubsw %[x], %[w1], %[x]\n\t"
       "vpaddw %[x], %[sum0], %[sum1]\n\tvpaddw %[product], %[sum0], %[sum0]"
       : [sum0] "=&x"(sum[0]), [sum1] "=&x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
-      : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a), [lanes] "m"(minus_lanes));
+      : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a), [lanes] "m"(minus_lanes), [bits] "x"(offset_bits));
 }
 OCSQ_INLINE void add16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a) {
   __m256i x, product;
@@ -93,8 +94,9 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
 
   // A span that 16-bit sums hold, added to 32-bit sums in memory.
-  template <int R, int P>
-  static OCSQ_INLINE void add_span16(const uint8_t* span, const uint8_t* b, int32_t* sums) {
+  template <int R, int P, class S>
+  static OCSQ_INLINE void add_span16(const uint8_t* span, const uint8_t* b, const uint8_t* map, __m128i offset_bits,
+                                     int32_t* sums) {
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i h[P][R][2];
 #pragma GCC unroll 4
@@ -102,11 +104,11 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
       const uint8_t* a = span + (1 + g) * R * kGroup;
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const __m256i w[2] = {load(b + g * kGroupBytes + 64 * p), load(b + g * kGroupBytes + 64 * p + 32)};
+        const __m256i w[2] = {S::load(b, g, 64 * p, map), S::load(b, g, 64 * p + 32, map)};
 #pragma GCC unroll 4
         for (int i = 0; i < R; ++i) {
           const Quad& row = quad(a + i * kGroup);
-          g == 0 ? start16(h[p][i], w, row, quad(span + i * kGroup)) : add16(h[p][i], w, row);
+          g == 0 ? start16(h[p][i], w, row, quad(span + i * kGroup), offset_bits) : add16(h[p][i], w, row);
         }
       }
     }
@@ -124,15 +126,17 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
   }
 
   // Any span, added to 32-bit sums; the offset stays in.
-  template <int R, int P>
-  static OCSQ_INLINE void add_span32(const uint8_t* span, const uint8_t* b, int64_t groups, __m256i (&c)[P][R][2]) {
+  template <int R, int P, class S>
+  static OCSQ_INLINE void add_span32(const uint8_t* span, const uint8_t* b, const uint8_t* map, int64_t groups,
+                                     __m256i (&c)[P][R][2]) {
     const __m256i ones = _mm256_set1_epi16(1);
     const uint8_t* a = span + R * kGroup;
 #pragma GCC unroll 4
-    for (int64_t g = 0; g < groups; ++g, a += R * kGroup, b += kGroupBytes) {
+    for (int g = 0; g < kSpan; ++g, a += R * kGroup) {
+      if (g >= groups) return;
 #pragma GCC unroll 4
       for (int p = 0; p < P; ++p) {
-        const __m256i w[2] = {load(b + 64 * p), load(b + 64 * p + 32)};
+        const __m256i w[2] = {S::load(b, g, 64 * p, map), S::load(b, g, 64 * p + 32, map)};
 #pragma GCC unroll 4
         for (int i = 0; i < R; ++i) add32(c[p][i], w, quad(a + i * kGroup), ones);
       }
@@ -140,18 +144,19 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
   }
 
   // R rows x 8 V columns.
-  template <int R, int V, bool kFetch>
-  static OCSQ_INLINE void strip(const uint8_t* span, const uint8_t* b, const uint8_t* next, const PairRun& run,
-                                int32_t* sums) {
+  template <int R, int V, class S, bool kFetch>
+  static OCSQ_INLINE void strip(const uint8_t* span, const uint8_t* b, const uint8_t* map, const uint8_t* next,
+                                const PairRun& run, int32_t* sums) {
     constexpr int P = V / 2;
     for (int i = 0; i < R; ++i) {
-      const __m256i from = _mm256_set1_epi32(run.offset[i]);
+      const __m256i from = _mm256_set1_epi32(run.take_off[i]);
       for (int v = 0; v < V; ++v) {
         int32_t* at = sums + i * kPanel + 8 * v;
         store(at, run.first ? from : _mm256_add_epi32(load(at), from));
       }
     }
     const int64_t spans = (run.groups + kSpan - 1) / kSpan;
+    const __m128i offset_bits = _mm_cvtsi32_si128(__builtin_ctz(run.offset));
     int64_t s = 0;
     const auto advance = [&]() __attribute__((always_inline)) {
       for (int v = 0; v < V * kSpan && kFetch; v += 2) {
@@ -159,12 +164,12 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
       }
       ++s;
       span += span_bytes(R);
-      b += kSpan * kGroupBytes;
+      b += S::kSpanBytes;
       next += 32 * V * kSpan;
     };
     while (s < spans) {
       if (run.fits[s]) {
-        add_span16<R, P>(span, b, sums);
+        add_span16<R, P, S>(span, b, map, offset_bits, sums);
         advance();
         continue;
       }
@@ -179,9 +184,9 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
       do {
         const int64_t left = run.groups - s * kSpan;
         if (left >= kSpan) {
-          add_span32<R, P>(span, b, kSpan, c);
+          add_span32<R, P, S>(span, b, map, kSpan, c);
         } else {
-          add_span32<R, P>(span, b, left, c);
+          add_span32<R, P, S>(span, b, map, left, c);
         }
         advance();
       } while (s < spans && !run.fits[s]);
@@ -215,12 +220,14 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
     for (s = 0; s * kSpan < block.groups; ++s, span += span_bytes(rows)) {
       if (fits[s]) continue;
       const __m128i minus_lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(span));
-      offset = _mm_add_epi32(offset, _mm_madd_epi16(minus_lanes, _mm_set1_epi16(kOffset)));
+      offset = _mm_add_epi32(offset, _mm_madd_epi16(minus_lanes, _mm_set1_epi16(static_cast<int16_t>(block.offset))));
     }
     PairRun run = {block, fits, {}};
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(run.offset), offset);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(run.take_off), offset);
     return run;
   }
+
+  static bool unpacks(const uint8_t* tile) { return !is_wide(tile); }
 
   // The int16 tile: 8 columns at a time, 4 columns x 4 channels in a vector. The offset stays in.
   template <int R>
@@ -265,24 +272,29 @@ struct Tile : Strips<Tile, PairRun>, PairTile {
     uint8_t fits[kDepthBlock / kSpan];
     const uint8_t* a = tile + header_bytes(depth) + block.first_group / kSpan * span_bytes(count);
     const PairRun run = plan(tile, a, count, block, fits);
+    run_stored<Bytes256, Tile>(block, count, a, run, sums);
+  }
+
+  template <class S>
+  static void run(int count, const uint8_t* a, const PairRun& run, int32_t* sums) {
     switch (count) {
       case 1:
-        return rows<1, 8>(a, run, sums);
+        return rows<1, 8, S>(a, run, sums);
       case 2:
-        return rows<2, 4>(a, run, sums);
+        return rows<2, 4, S>(a, run, sums);
       case 3:
-        return rows<3, 2>(a, run, sums);
+        return rows<3, 2, S>(a, run, sums);
       default:
-        return rows<4, 2>(a, run, sums);
+        return rows<4, 2, S>(a, run, sums);
     }
   }
 
   // Picks the channel's weights by a one among zeros, then multiplies them by the rest, however large.
-  static void add_rests(const Rest* rests, int32_t count, const uint8_t* panel, int32_t* sums) {
+  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
     __m256i c[8];
     for (int v = 0; v < 8; ++v) c[v] = load(sums + 8 * v);
     for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* b = panel + rests[r].k / kGroup * kGroupBytes;
+      const uint8_t* b = panel.group(rests[r].k / kGroup);
       const __m256i one = _mm256_set1_epi32(rest_quad(rests[r], 1));
       const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(rests[r].value));
 #pragma GCC unroll 8

@@ -50,8 +50,35 @@ struct Tile {
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
   static Offset offset(const uint8_t*) { return Offset::all; }
+  static bool unpacks(const uint8_t*) { return true; }
 
-  template <int R>
+  static OCSQ_INLINE void fetch(const uint8_t* from, int lines, bool near) {
+    for (int v = 0; v < lines; ++v) {
+      if (near) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + 64 * v), _MM_HINT_T0);
+      } else {
+        _mm_prefetch(reinterpret_cast<const char*>(from + 64 * v), _MM_HINT_T1);
+      }
+    }
+  }
+
+  template <int R, class S>
+  static OCSQ_INLINE void add_group(const uint8_t* a, const uint8_t* b, int g, const uint8_t* map,
+                                    __m512i (&c)[R][kVectors]) {
+    __m512i w[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) w[v] = S::load(b, g, 64 * v, map);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      int32_t quad;
+      std::memcpy(&quad, a + i * kGroup, sizeof(quad));
+      const __m512i x = _mm512_set1_epi32(quad);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], w[v], x);
+    }
+  }
+
+  template <int R, class S>
   static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
     __m512i c[R][kVectors];
 #pragma GCC unroll 8
@@ -61,23 +88,18 @@ struct Tile {
         c[i][v] = block.first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + i * kPanel + 16 * v);
       }
     }
-    const uint8_t* b = block.weights;
-    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, a += R * kGroup) {
-      __m512i w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        w[v] = _mm512_loadu_si512(b + 64 * v);
+    const uint8_t *b = block.weights, *next = block.next != nullptr ? block.next : b;
+    if constexpr (S::kBytes) {
+      for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += kGroupBytes, a += R * kGroup) {
         // Few rows read the weights at memory speed, wherever the block ends.
-        const int64_t distance = R <= 4 ? kPrefetch : block.ahead;
-        _mm_prefetch(reinterpret_cast<const char*>(b + 64 * v + distance), R <= 4 ? _MM_HINT_T0 : _MM_HINT_T1);
+        fetch(R <= 4 ? b + kPrefetch : next, kVectors, R <= 4);
+        add_group<R, S>(a, b, 0, block.map, c);
       }
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        int32_t quad;
-        std::memcpy(&quad, a + i * kGroup, sizeof(quad));
-        const __m512i x = _mm512_set1_epi32(quad);
+    } else {
+      for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes) {
+        fetch(b + kPrefetch, static_cast<int>(S::kSpanBytes / 64), true);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], w[v], x);
+        for (int i = 0; i < kSpan; ++i, a += R * kGroup) add_group<R, S>(a, b, i, block.map, c);
       }
     }
 #pragma GCC unroll 8
@@ -88,28 +110,33 @@ struct Tile {
   }
 
   static void multiply(int count, const uint8_t* tile, int64_t, const Block& block, int32_t* sums) {
-    const uint8_t* a = tile + block.first_group * kGroup * count;
+    run_stored<Bytes512, Tile>(block, count, tile + block.first_group * kGroup * count, block, sums);
+  }
+
+  template <class S>
+  static void run(int count, const uint8_t* a, const Block& block, int32_t* sums) {
     switch (count) {
       case 1:
-        return rows<1>(a, block, sums);
+        return rows<1, S>(a, block, sums);
       case 2:
-        return rows<2>(a, block, sums);
+        return rows<2, S>(a, block, sums);
       case 3:
-        return rows<3>(a, block, sums);
+        return rows<3, S>(a, block, sums);
       case 4:
-        return rows<4>(a, block, sums);
-      case 5:
-        return rows<5>(a, block, sums);
+        return rows<4, S>(a, block, sums);
       default:
-        return rows<6>(a, block, sums);
+        break;
+    }
+    if constexpr (S::kBytes) {
+      return count == 5 ? rows<5, S>(a, block, sums) : rows<6, S>(a, block, sums);
     }
   }
 
-  static void add_rests(const Rest* rests, int32_t count, const uint8_t* panel, int32_t* sums) {
+  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
     __m512i c[kVectors];
     for (int v = 0; v < kVectors; ++v) c[v] = _mm512_loadu_si512(sums + 16 * v);
     for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* group = panel + rests[r].k / kGroup * kGroupBytes;
+      const uint8_t* group = panel.group(rests[r].k / kGroup);
       for (int left = rests[r].value; left != 0; left -= rest_step(left)) {
         const __m512i x = _mm512_set1_epi32(rest_quad(rests[r], rest_step(left)));
 #pragma GCC unroll 4

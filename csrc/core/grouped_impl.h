@@ -27,7 +27,7 @@ struct GroupEpilogue : Epilogue {
 // Kept out of multiply_groups(), as finish() is of multiply().
 template <class Tile>
 __attribute__((noinline)) void finish_group(const Activations& a, const PackedWeight& w, const GroupEpilogue& epilogue,
-                                            const uint8_t* weights, int64_t group, int64_t m, int rows, int32_t* sums,
+                                            Panel& weights, int64_t group, int64_t m, int rows, int32_t* sums,
                                             float* totals, int32_t* rests_done) {
   const int64_t end = (group + 1) * w.group_channels;
   for (int i = 0; i < rows; ++i, sums += kPanel, totals += kPanel) {
@@ -38,33 +38,33 @@ __attribute__((noinline)) void finish_group(const Activations& a, const PackedWe
     if (to > from) Tile::add_rests(rests + from, to - from, weights, sums);
     rests_done[i] = to;
     const uint32_t codes = static_cast<uint32_t>(a.group_offset_codes[(m + i) * w.scale_groups() + group]);
-    epilogue.add(sums, static_cast<int32_t>(kOffset * codes), a.step[m + i], totals);
+    epilogue.add(sums, static_cast<int32_t>(w.offset() * codes), a.step[m + i], totals);
   }
 }
 
 template <class Tile>
 void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
-                     int64_t panel, int32_t* scratch) {
+                     int64_t panel, uint8_t* scratch) {
   const int64_t depth = w.depth(), count = w.scale_groups(), quads = w.groups(), per_group = w.group_channels / kGroup;
-  const uint8_t* weights = w.packed + panel * w.panel_bytes();
-  const uint8_t* bounds = weights + quads * kGroupBytes;
-  const int64_t limit = last - first <= Tile::kRows ? Tile::kDepthBlockFew : Tile::kDepthBlock;
-  float* totals = reinterpret_cast<float*>(scratch);
-  int32_t* group_sums = scratch + Tile::kRowBlock * kPanel;
+  Panel weights(w, panel, scratch);
+  const int64_t limit = depth_block<Tile>(w, last - first);
+  float* totals = reinterpret_cast<float*>(scratch + kUnpackedGroups * kGroupBytes);
+  int32_t* group_sums = reinterpret_cast<int32_t*>(totals + Tile::kRowBlock * kPanel);
+  const bool few = last - first <= kFewRows && Tile::unpacks(a.codes + first * a.row_bytes);
   int32_t rests_done[Tile::kRowBlock];
   std::memset(rests_done, 0, (last - first) * sizeof(int32_t));
   for (int64_t group = 0; group < count; ++group) {
     const GroupEpilogue epilogue(w, panel, group);
     const int64_t begin = group * per_group, end = begin + per_group < quads ? begin + per_group : quads;
     for (int64_t q = begin, length; q < end; q += length) {
-      length = end - q < limit ? end - q : limit;
+      Block part = weights.block(q, end - q < limit ? end - q : limit, few);
+      part.first = q == begin;
+      length = part.groups;
       for (int64_t m = first; m < last; m += Tile::kRows) {
         const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
-        const int64_t ahead = m == first ? length * kGroupBytes : 0, at = (m - first) * kPanel;
-        Tile::multiply(
-            rows, a.codes + m * a.row_bytes, depth,
-            Block{weights + q * kGroupBytes, bounds + q / kSpan, q, length, epilogue.width, ahead, q == begin},
-            group_sums + at);
+        const int64_t at = (m - first) * kPanel;
+        Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, group_sums + at);
+        part.next = nullptr;
         if (q + length < end) continue;
         finish_group<Tile>(a, w, epilogue, weights, group, m, rows, group_sums + at, totals + at,
                            rests_done + m - first);

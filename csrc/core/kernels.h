@@ -14,7 +14,9 @@ constexpr int64_t kGroup = 4;
 constexpr int64_t kGroupBytes = kPanel * kGroup;
 // Groups that 16-bit sums may run over before they are widened; a packed weight holds one bound for each (see pack.h).
 constexpr int64_t kSpan = 4;
-// What is added to a weight code when it is packed, so that the byte is unsigned.
+// Groups of a weight below 8 bits that are bytes at a time.
+constexpr int64_t kUnpackedGroups = 256;
+// What is added to a weight code of 8 bits when it is packed, so that the byte is unsigned.
 constexpr int kOffset = 128;
 // 131072 * 128 * 127 < 2^31: the int32 sums of a row cannot overflow up to this many columns, tail included.
 constexpr int64_t kMaxDepth = 131072;
@@ -50,17 +52,31 @@ struct Rest {
 struct PackedWeight {
   const uint8_t* packed;
   int64_t n, k, tail;
-  const int32_t* tail_index;   // [tail], ascending: the input channel each tail column adds to
-  const float* scale;          // [n], or [scale_groups()][n]
-  const float* bias;           // [n] or null
-  int64_t group_channels = 0;  // input channels that share a scale of an output, a multiple of kSpan * kGroup; 0: all
+  const int32_t* tail_index;       // [tail], ascending: the input channel each tail column adds to
+  const float* scale;              // [n], or [scale_groups()][n]
+  const float* bias;               // [n] or null
+  int64_t group_channels = 0;      // input channels that share a scale, a multiple of kSpan * kGroup; 0: all
+  int bits = 8;                    // that a code takes: 8, 6, 4 or 2; of the tail always 8
+  const uint8_t* zero = nullptr;   // [scale_groups()][n], below 8 bits: subtracted from a code; null: 2^(bits-1)
+  const int8_t* levels = nullptr;  // [kMaxEntries], below 8 bits: what a code stands for instead, or null
   int64_t scale_groups() const { return group_channels > 0 ? (k + group_channels - 1) / group_channels : 1; }
-  int64_t groups() const { return (k + kGroup - 1) / kGroup + (tail + kGroup - 1) / kGroup; }
+  int64_t base_groups() const {
+    return bits == 8 ? (k + kGroup - 1) / kGroup : (k + kSpan * kGroup - 1) / (kSpan * kGroup) * kSpan;
+  }
+  int64_t groups() const { return base_groups() + (tail + kGroup - 1) / kGroup; }
+  int64_t code_blocks() const { return base_groups() * bits / 8 + groups() - base_groups(); }
   int64_t depth() const { return groups() * kGroup; }
   int64_t panels() const { return (n + kPanel - 1) / kPanel; }
   int64_t spans() const { return (groups() + kSpan - 1) / kSpan; }
   int64_t bound_blocks() const { return (spans() + kGroupBytes - 1) / kGroupBytes; }
-  int64_t panel_bytes() const { return (groups() + bound_blocks()) * kGroupBytes; }
+  // What the bytes that are multiplied have in them beside the codes: the least power of two that makes them unsigned.
+  int offset_bits() const {
+    const bool wide = bits == 8 || levels != nullptr || tail > 0;
+    return wide ? 7 : zero != nullptr ? bits : bits - 1;
+  }
+  int offset() const { return 1 << offset_bits(); }
+  int64_t panel_blocks() const { return code_blocks() + bound_blocks(); }
+  int64_t panel_bytes() const { return panel_blocks() * kGroupBytes; }
 };
 
 // Quantized tokens as one instruction set wants them, in tiles of row_tile rows.
@@ -69,7 +85,7 @@ struct Activations {
   float* step;                  // [rows]; NaN for a row that held NaN or Inf
   Rest* rests;                  // [rows][rest_capacity]
   int32_t* rest_count;          // [rows]
-  int32_t* offset_codes;        // [rows]: the sum of the codes whose products still contain the weights' kOffset
+  int32_t* offset_codes;        // [rows]: the sum of the codes whose products still contain the weights' offset
   int32_t* group_offset_codes;  // [rows][scale_groups()]: the same group by group; null without group scales
   int64_t rows;
   int64_t row_bytes;
@@ -84,11 +100,12 @@ struct LinearKernels {
   // Quantizes rows [first, last) of x (first a multiple of row_tile); scratch from quantize_scratch_bytes().
   void (*quantize)(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
                    int64_t first, int64_t last, void* scratch);
-  // y[m][n] for rows [first, last) and one panel; scratch holds row_block * kPanel int32, for group scales twice that.
+  // y[m][n] for rows [first, last) and one panel; scratch holds kUnpackedGroups groups, then row_block * kPanel int32,
+  // for group scales twice that.
   void (*multiply)(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
-                   int64_t panel, int32_t* scratch);
+                   int64_t panel, uint8_t* scratch);
   void (*multiply_groups)(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first,
-                          int64_t last, int64_t panel, int32_t* scratch);
+                          int64_t last, int64_t panel, uint8_t* scratch);
 };
 
 struct FakeQuantizeSplitKernels {

@@ -7,6 +7,10 @@
 //
 #include "fake_quantize_impl.h"
 #include "kurtosis_impl.h"
+#include "stored_impl.h"
+//
+#include "unpack_impl.h"
+//
 #include "linear_impl.h"
 //
 #include "grouped_impl.h"

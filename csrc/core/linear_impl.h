@@ -5,28 +5,19 @@
 //   rest_capacity(depth, max_outliers)
 //   place(codes, pitch, depth, out)           row-major int16 codes (its to overwrite) to that memory; fills TileRows
 //   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
-//   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (kOffset + codes of column rest.k)
-//   offset(tile)                              in which products the weights' kOffset stays
+//   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (the bytes of its column in the Panel)
+//   offset(tile)                              in which products the weights' offset stays
+//   unpacks(tile)                             whether multiply() takes kFewRows and blocks of fewer than 8 bits
 #pragma once
 
 namespace ocsquant {
 namespace {
 
-// A run of groups of one panel, starting with a span.
-struct Block {
-  const uint8_t* weights;
-  const uint8_t* bounds;  // of its spans
-  int64_t first_group;
-  int64_t groups;
-  int64_t width;  // columns that exist
-  int64_t ahead;  // bytes to the weights that will be needed next, to be fetched into the cache; 0: none
-  bool first;     // start the sums instead of adding to them
-};
-
 // Where a tile and what belongs to its rows are kept.
 struct TileRows {
   int rows;
-  int64_t panels;  // of the weight it will be multiplied with
+  int64_t panels;     // of the weight it will be multiplied with
+  int weight_offset;  // of its bytes
   uint8_t* tile;
   Rest* rests;
   int64_t rest_capacity;
@@ -34,7 +25,7 @@ struct TileRows {
   int32_t* offset_codes;
 };
 
-// Of which codes the products still contain the weights' kOffset.
+// Of which codes the products still contain the weights' offset.
 enum class Offset { none, rests, all };
 
 inline int32_t sum_of(const int16_t* codes, int64_t depth) {
@@ -59,7 +50,7 @@ inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sum
 template <class Tile>
 void quantize(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
               int64_t first, int64_t last, void* scratch) {
-  const int64_t depth = w.depth(), base = (w.k + kGroup - 1) / kGroup * kGroup;
+  const int64_t depth = w.depth(), base = w.base_groups() * kGroup;
   // A row's codes are written in blocks of 64, then the tail over what lies beyond the base, then zeros to whole spans.
   const int64_t padded = (depth + kSpan * kGroup - 1) / (kSpan * kGroup) * (kSpan * kGroup);
   const int64_t pitch = (w.k + 63) / 64 * 64 + (padded - base);
@@ -87,8 +78,8 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
       if (a.group_offset_codes != nullptr) sum_groups(out, w, a.group_offset_codes + (m + i) * w.scale_groups());
     }
     Tile::place(codes, pitch, depth,
-                TileRows{rows, w.panels(), a.codes + m * a.row_bytes, a.rests + m * a.rest_capacity, a.rest_capacity,
-                         a.rest_count + m, a.offset_codes + m});
+                TileRows{rows, w.panels(), w.offset(), a.codes + m * a.row_bytes, a.rests + m * a.rest_capacity,
+                         a.rest_capacity, a.rest_count + m, a.offset_codes + m});
     if (a.group_offset_codes == nullptr) continue;
     const Offset offset = Tile::offset(a.codes + m * a.row_bytes);
     for (int64_t i = m; i < m + rows && offset != Offset::all; ++i) {
@@ -154,37 +145,46 @@ struct Epilogue {
 // Kept out of multiply(): together they spill the accumulators of the inner loop (GCC 12).
 template <class Tile>
 __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& w, const Epilogue& epilogue,
-                                      const uint8_t* weights, int64_t m, int rows, int32_t* sums, void* y, Float dtype,
+                                      Panel& weights, int64_t m, int rows, int32_t* sums, void* y, Float dtype,
                                       int64_t panel) {
   for (int64_t i = m; i < m + rows; ++i, sums += kPanel) {
     if (a.rest_count[i] > 0) Tile::add_rests(a.rests + i * a.rest_capacity, a.rest_count[i], weights, sums);
     // Modulo 2^32, as the sums are: only the corrected sum fits for certain.
-    const int32_t offset = static_cast<int32_t>(kOffset * static_cast<uint32_t>(a.offset_codes[i]));
+    const int32_t offset = static_cast<int32_t>(w.offset() * static_cast<uint32_t>(a.offset_codes[i]));
     epilogue.row(sums, offset, a.step[i], y, dtype, i * w.n + panel * kPanel);
   }
 }
 
+// The most groups to multiply before the next rows; what was unpacked should stay in the first cache for few of them.
+template <class Tile>
+int64_t depth_block(const PackedWeight& w, int64_t rows) {
+  constexpr int64_t kFew = Tile::kDepthBlockFew < 64 ? Tile::kDepthBlockFew : 64;
+  static_assert(Tile::kDepthBlock <= kUnpackedGroups);
+  return rows > Tile::kRows ? Tile::kDepthBlock : w.bits == 8 ? Tile::kDepthBlockFew : kFew;
+}
+
 template <class Tile>
 void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
-              int64_t panel, int32_t* scratch) {
+              int64_t panel, uint8_t* scratch) {
   const int64_t groups = w.groups(), depth = w.depth();
-  const uint8_t* weights = w.packed + panel * w.panel_bytes();
-  const uint8_t* bounds = weights + groups * kGroupBytes;
+  Panel weights(w, panel, scratch);
+  int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + kUnpackedGroups * kGroupBytes);
   const Epilogue epilogue(w, panel);
   // Equal blocks, so that a tail never becomes a tiny last one.
-  const int64_t limit = last - first <= Tile::kRows ? Tile::kDepthBlockFew : Tile::kDepthBlock;
+  const int64_t limit = depth_block<Tile>(w, last - first);
   const int64_t blocks = (groups + limit - 1) / limit;
   const int64_t block = blocks > 0 ? ((groups + blocks - 1) / blocks + kSpan - 1) / kSpan * kSpan : 0;
+  const bool few = last - first <= kFewRows && Tile::unpacks(a.codes + first * a.row_bytes);
   int64_t g = 0;
   do {
-    const int64_t length = groups - g < block ? groups - g : block;
-    int32_t* sums = scratch;
+    int64_t length = groups - g < block ? groups - g : block;
+    Block part = weights.block(g, length, few);
+    length = part.groups;
+    int32_t* sums = block_sums;
     for (int64_t m = first; m < last; m += Tile::kRows) {
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
-      const int64_t ahead = m == first ? length * kGroupBytes : 0;
-      Tile::multiply(rows, a.codes + m * a.row_bytes, depth,
-                     Block{weights + g * kGroupBytes, bounds + g / kSpan, g, length, epilogue.width, ahead, g == 0},
-                     sums);
+      Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, sums);
+      part.next = nullptr;
       if (g + length == groups) finish<Tile>(a, w, epilogue, weights, m, rows, sums, y, dtype, panel);
       if (blocks > 1) sums += Tile::kRows * kPanel;
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
 
 namespace ocsquant {
 namespace {
@@ -38,30 +39,108 @@ uint8_t bound_of(const uint8_t* span, int64_t groups) {
   return half_norm(largest);
 }
 
+// Byte `at` of whole groups as a plane of `bits` bits keeps it: in which byte, how far up.
+struct Spot {
+  int64_t byte;
+  int shift;
+};
+Spot spot(int64_t at, int plane_bits, int bits, int64_t offset) {
+  const int64_t span = at / (kSpan * kGroupBytes), i = at % (kSpan * kGroupBytes);
+  const int64_t plane_bytes = kSpan * kGroupBytes * plane_bits / 8;
+  return {span * kSpan * kGroupBytes * bits / 8 + offset + i % plane_bytes,
+          static_cast<int>(i / plane_bytes) * plane_bits};
+}
+Spot low_spot(int64_t at, int bits) { return spot(at, std::min(bits, 4), bits, 0); }
+Spot high_spot(int64_t at) { return spot(at, 2, 6, kSpan * kGroupBytes / 2); }
+
+void store_number(uint8_t* panel, int bits, int64_t at, int number) {
+  const Spot low = low_spot(at, bits), high = high_spot(at);
+  panel[low.byte] |= static_cast<uint8_t>((bits == 6 ? number & 15 : number) << low.shift);
+  if (bits == 6) panel[high.byte] |= static_cast<uint8_t>(number >> 4 << high.shift);
+}
+
+int number_at(const uint8_t* panel, int bits, int64_t at) {
+  const Spot low = low_spot(at, bits), high = high_spot(at);
+  const int mask = bits == 2 ? 3 : 15, number = panel[low.byte] >> low.shift & mask;
+  return bits == 6 ? number | (panel[high.byte] >> high.shift & 3) << 4 : number;
+}
+
+// Between codes, what the products are made of, and the numbers of `bits` bits that stand for them.
+class Numbers {
+ public:
+  explicit Numbers(const PackedWeight& w) : w_(w) {
+    if (w.levels == nullptr) return;
+    std::fill(index_, index_ + 256, -1);
+    for (int i = (1 << w.bits) - 1; i >= 0; --i) index_[static_cast<uint8_t>(w.levels[i])] = i;
+  }
+
+  // -1 where there is none.
+  int of(int64_t row, int64_t channel, int code) const {
+    if (w_.levels != nullptr) return index_[static_cast<uint8_t>(code)];
+    const int number = code + zero(row, channel);
+    return number >= 0 && number < 1 << w_.bits ? number : -1;
+  }
+
+  int8_t code(int64_t row, int64_t channel, int number) const {
+    return static_cast<int8_t>(w_.levels != nullptr ? w_.levels[number] : number - zero(row, channel));
+  }
+
+ private:
+  int zero(int64_t row, int64_t channel) const {
+    const int64_t group = w_.group_channels > 0 ? channel / w_.group_channels : 0;
+    return w_.zero != nullptr ? w_.zero[group * w_.n + row] : 1 << (w_.bits - 1);
+  }
+
+  const PackedWeight& w_;
+  int index_[256];
+};
+
 }  // namespace
 
-void pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight& shape, uint8_t* packed) {
-  const int64_t k = shape.k, e = shape.tail, groups = shape.groups();
+int64_t pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight& shape, uint8_t* packed) {
+  const int64_t k = shape.k, e = shape.tail, groups = shape.groups(), base = shape.base_groups();
+  const Numbers numbers(shape);
+  std::vector<uint8_t> bytes(groups * kGroupBytes);
   for (int64_t first = 0; first < shape.n; first += kPanel, packed += shape.panel_bytes()) {
     const int64_t width = std::min(kPanel, shape.n - first);
-    std::memset(packed, kOffset, groups * kGroupBytes);
-    pack_block(codes + first * k, width, k, packed);
-    if (e > 0) pack_block(tail + first * e, width, e, packed + groups_of(k) * kGroupBytes);
-    uint8_t* bounds = packed + groups * kGroupBytes;
-    std::memset(bounds, 0, shape.bound_blocks() * kGroupBytes);
+    std::memset(bytes.data(), kOffset, bytes.size());
+    pack_block(codes + first * k, width, k, bytes.data());
+    if (e > 0) pack_block(tail + first * e, width, e, bytes.data() + base * kGroupBytes);
+    std::memset(packed, 0, shape.panel_bytes());
+    uint8_t* bounds = packed + shape.code_blocks() * kGroupBytes;
     for (int64_t s = 0; s < shape.spans(); ++s) {
-      bounds[s] = bound_of(packed + s * kSpan * kGroupBytes, std::min(kSpan, groups - s * kSpan));
+      bounds[s] = bound_of(bytes.data() + s * kSpan * kGroupBytes, std::min(kSpan, groups - s * kSpan));
     }
+    if (shape.bits == 8) {
+      std::memcpy(packed, bytes.data(), bytes.size());
+      continue;
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      for (int64_t c = 0; c < k; ++c) {
+        const int number = numbers.of(first + j, c, bytes[place(j, c)] - kOffset);
+        if (number < 0) return (first + j) * k + c;
+        store_number(packed, shape.bits, place(j, c), number);
+      }
+    }
+    std::memcpy(packed + base * kGroupBytes * shape.bits / 8, bytes.data() + base * kGroupBytes,
+                (groups - base) * kGroupBytes);
   }
+  return -1;
 }
 
 void unpack_panels(const PackedWeight& weight, int8_t* codes, int8_t* tail) {
-  const int64_t k = weight.k, e = weight.tail;
+  const int64_t k = weight.k, e = weight.tail, base_blocks = weight.base_groups() * weight.bits / 8;
+  const Numbers numbers(weight);
   const uint8_t* panel = weight.packed;
   for (int64_t first = 0; first < weight.n; first += kPanel, panel += weight.panel_bytes()) {
     const int64_t width = std::min(kPanel, weight.n - first);
-    unpack_block(panel, width, k, codes + first * k);
-    if (e > 0) unpack_block(panel + groups_of(k) * kGroupBytes, width, e, tail + first * e);
+    if (weight.bits == 8) unpack_block(panel, width, k, codes + first * k);
+    for (int64_t j = 0; j < width && weight.bits < 8; ++j) {
+      for (int64_t c = 0; c < k; ++c) {
+        codes[(first + j) * k + c] = numbers.code(first + j, c, number_at(panel, weight.bits, place(j, c)));
+      }
+    }
+    if (e > 0) unpack_block(panel + base_blocks * kGroupBytes, width, e, tail + first * e);
   }
 }
 

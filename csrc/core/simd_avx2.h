@@ -1,10 +1,13 @@
 // The vector type of the algorithms in *_impl.h, eight lanes. Included inside a target region.
 #pragma once
 
+#include "bytes_avx2.h"
+
 namespace ocsquant {
 namespace {
 
 struct Simd {
+  static constexpr auto look_up = look_up_bytes;
   static constexpr int W = 8;
   using F = __m256;
   using I = __m256i;

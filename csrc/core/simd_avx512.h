@@ -1,10 +1,28 @@
 // The vector type of the algorithms in *_impl.h, sixteen lanes. Included inside a target region.
 #pragma once
 
+#include "bytes_avx2.h"
+
 namespace ocsquant {
 namespace {
 
+struct Bytes512 {
+  using V = __m512i;
+  static OCSQ_INLINE V load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static OCSQ_INLINE V all(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+  static OCSQ_INLINE V add(V a, V b) { return _mm512_add_epi8(a, b); }
+  static OCSQ_INLINE V both(V a, V b) { return _mm512_and_si512(a, b); }
+  static OCSQ_INLINE V either(V a, V b) { return _mm512_or_si512(a, b); }
+  static OCSQ_INLINE V down(V a, int bits) { return _mm512_srli_epi16(a, bits); }
+  static OCSQ_INLINE V up(V a, int bits) { return _mm512_slli_epi16(a, bits); }
+  static OCSQ_INLINE V look_up(const uint8_t* table, V code) {
+    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), code);
+  }
+};
+
 struct Simd {
+  static constexpr auto look_up = look_up_bytes;
   static constexpr int W = 16;
   using F = __m512;
   using I = __m512i;

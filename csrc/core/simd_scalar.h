@@ -46,6 +46,9 @@ struct Simd {
   static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
   static I count_beyond(I count, I code, I limit) { return count + (code > limit || code < -limit); }
   static int32_t reduce_add(I v) { return v; }
+  static void look_up(const uint8_t* table, int, int64_t count, uint8_t* codes) {
+    for (int64_t i = 0; i < count; ++i) codes[i] = table[codes[i]];
+  }
   static void store_i16(int16_t* p, I a, I b) {
     p[0] = static_cast<int16_t>(a);
     p[1] = static_cast<int16_t>(b);

@@ -2,6 +2,7 @@
 // saturates. It cannot, whatever the weights, where both activations and their sum are within +-127: unsigned weights
 // make the sum of two products lie between 0, or one of them, and 255 * 127 < 2^15. So each row is split into bodies
 // that keep to that and rests that hold what is left: its outliers, and the excess of its few large pairs of one sign.
+// Weights of small offset are below 128, where pairs of any two bodies fit: 2 * 127 * 127 < 2^15.
 // Rows with many large pairs (all values of one size) stay int16; a flag tells. Included inside an AVX2 target region.
 //
 // A tile in memory: int32 flag, then either the codes of tile_int16.h, or a byte for every span of 16 channels (half
@@ -52,12 +53,14 @@ struct PairTile {
   }
 
  private:
-  // Clips a pair to the limit, then takes what its sum is beyond it off the larger one.
-  static void split_pair(int16_t* pair, int64_t k, Rest* rests, int32_t& count) {
+  static int pair_limit(const TileRows& out) { return out.weight_offset < kOffset / 2 ? 2 * kLimit : kLimit; }
+
+  // Clips a pair to what a byte holds, then takes what its sum is beyond the limit off the larger one.
+  static void split_pair(int16_t* pair, int64_t k, int limit, Rest* rests, int32_t& count) {
     int body[2];
     for (int i = 0; i < 2; ++i) body[i] = pair[i] > kLimit ? kLimit : pair[i] < -kLimit ? -kLimit : pair[i];
     const int sum = body[0] + body[1], larger = std::abs(body[0]) >= std::abs(body[1]) ? 0 : 1;
-    body[larger] -= sum > kLimit ? sum - kLimit : sum < -kLimit ? sum + kLimit : 0;
+    body[larger] -= sum > limit ? sum - limit : sum < -limit ? sum + limit : 0;
     // Written in any case, there is room for two: nobody could predict which of them it is.
     for (int i = 0; i < 2; ++i) {
       rests[count] = {static_cast<int32_t>(k + i), pair[i] - body[i]};
@@ -70,9 +73,9 @@ struct PairTile {
   struct Span {
     __m256i codes[4], pairs[4];
 
-    // A bit for every pair of which a code or the sum lies beyond the limit; `split` knows which is where.
-    OCSQ_INLINE uint32_t beyond() const {
-      const __m256i limit = _mm256_set1_epi32(kLimit);
+    // A bit for every pair of which a code is beyond what a byte holds, or the sum beyond the limit; `split` knows
+    // which is where.
+    OCSQ_INLINE uint32_t beyond(__m256i limit) const {
       __m256i fits[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -146,7 +149,7 @@ struct PairTile {
       const int bit = __builtin_ctz(beyond), row = bit / 4 % 4, at = 2 * (bit % 4 + bit / 16 * 4);
       int32_t& count = out.rest_count[row];
       if (count + 2 > out.rest_capacity) return false;
-      split_pair(codes + row * pitch + at, k + at, out.rests + row * out.rest_capacity, count);
+      split_pair(codes + row * pitch + at, k + at, pair_limit(out), out.rests + row * out.rest_capacity, count);
     }
     return true;
   }
@@ -156,11 +159,12 @@ struct PairTile {
   static bool place_bodies(int16_t* codes, int64_t pitch, int64_t depth, const TileRows& out) {
     for (int i = 0; i < R; ++i) out.rest_count[i] = out.offset_codes[i] = 0;
     uint8_t* to = out.tile + header_bytes(depth);
+    const __m256i limit = _mm256_set1_epi32(pair_limit(out));
     constexpr int64_t kBatch = 64;
     int32_t squares[kBatch];
     for (int64_t s = 0, last = spans(depth); s < last; ++s, codes += kChannels, to += span_bytes(R)) {
       Span span = load_span<R>(codes, pitch);
-      if (const uint32_t beyond = span.beyond(); beyond != 0) {
+      if (const uint32_t beyond = span.beyond(limit); beyond != 0) {
         if (!split(beyond, codes, pitch, s * kChannels, out)) return false;
         span = load_span<R>(codes, pitch);
       }

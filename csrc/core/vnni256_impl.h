@@ -40,11 +40,29 @@ struct Tile : Strips<Tile, Block> {
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
   static Offset offset(const uint8_t*) { return Offset::all; }
+  static bool unpacks(const uint8_t*) { return true; }
+
+  template <int R, int V, class S, bool kFetch>
+  static OCSQ_INLINE void add_group(const uint8_t* a, const uint8_t* b, int g, const uint8_t* map, const uint8_t* next,
+                                    __m256i (&c)[R][V]) {
+    __m256i w[V];
+    for (int v = 0; v < V && kFetch; v += 2) _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) w[v] = S::load(b, g, 32 * v, map);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      int32_t quad;
+      std::memcpy(&quad, a + i * kGroup, sizeof(quad));
+      const __m256i x = _mm256_set1_epi32(quad);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) c[i][v] = OCSQ_DPBUSD(c[i][v], w[v], x);
+    }
+  }
 
   // R rows x 8 V columns.
-  template <int R, int V, bool kFetch>
-  static OCSQ_INLINE void strip(const uint8_t* a, const uint8_t* b, const uint8_t* next, const Block& block,
-                                int32_t* sums) {
+  template <int R, int V, class S, bool kFetch>
+  static OCSQ_INLINE void strip(const uint8_t* a, const uint8_t* b, const uint8_t* map, const uint8_t* next,
+                                const Block& block, int32_t* sums) {
     __m256i c[R][V];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -54,18 +72,16 @@ struct Tile : Strips<Tile, Block> {
                               : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + i * kPanel + 8 * v));
       }
     }
-    for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 32 * V, a += R * kGroup) {
-      __m256i w[V];
-      for (int v = 0; v < V && kFetch; v += 2) _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) w[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + 32 * v));
-#pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) {
-        int32_t quad;
-        std::memcpy(&quad, a + i * kGroup, sizeof(quad));
-        const __m256i x = _mm256_set1_epi32(quad);
-#pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) c[i][v] = OCSQ_DPBUSD(c[i][v], w[v], x);
+    if constexpr (S::kBytes) {
+      for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += 32 * V, a += R * kGroup) {
+        add_group<R, V, S, kFetch>(a, b, 0, map, next, c);
+      }
+    } else {
+      for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kSpan; ++i, next += 32 * V, a += R * kGroup) {
+          add_group<R, V, S, kFetch>(a, b, i, map, next, c);
+        }
       }
     }
 #pragma GCC unroll 8
@@ -78,28 +94,33 @@ struct Tile : Strips<Tile, Block> {
   }
 
   static void multiply(int count, const uint8_t* tile, int64_t, const Block& block, int32_t* sums) {
-    const uint8_t* a = tile + block.first_group * kGroup * count;
+    run_stored<Bytes256, Tile>(block, count, tile + block.first_group * kGroup * count, block, sums);
+  }
+
+  template <class S>
+  static void run(int count, const uint8_t* a, const Block& block, int32_t* sums) {
     switch (count) {
       case 1:
-        return rows<1, 8>(a, block, sums);
+        return rows<1, 8, S>(a, block, sums);
       case 2:
-        return rows<2, 4>(a, block, sums);
+        return rows<2, 4, S>(a, block, sums);
       case 3:
-        return rows<3, 4>(a, block, sums);
+        return rows<3, 4, S>(a, block, sums);
       case 4:
-        return rows<4, 2>(a, block, sums);
-      case 5:
-        return rows<5, 2>(a, block, sums);
+        return rows<4, 2, S>(a, block, sums);
       default:
-        return rows<6, 2>(a, block, sums);
+        break;
+    }
+    if constexpr (S::kBytes) {
+      return count == 5 ? rows<5, 2, S>(a, block, sums) : rows<6, 2, S>(a, block, sums);
     }
   }
 
-  static void add_rests(const Rest* rests, int32_t count, const uint8_t* panel, int32_t* sums) {
+  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
     __m256i c[8];
     for (int v = 0; v < 8; ++v) c[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + 8 * v));
     for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* group = panel + rests[r].k / kGroup * kGroupBytes;
+      const uint8_t* group = panel.group(rests[r].k / kGroup);
       for (int left = rests[r].value; left != 0; left -= rest_step(left)) {
         const __m256i x = _mm256_set1_epi32(rest_quad(rests[r], rest_step(left)));
 #pragma GCC unroll 8

@@ -2,24 +2,32 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(ocsquant, m) {
-  m.def("pack_weight(Tensor codes, Tensor? tail=None) -> Tensor");
-  m.def("unpack_weight(Tensor packed, int n, int k, int e=0) -> (Tensor, Tensor)");
+  m.def(
+      "pack_weight(Tensor codes, Tensor? tail=None, int weight_bits=8, Tensor? zero=None, Tensor? levels=None, "
+      "int group_size=0) -> Tensor");
+  m.def(
+      "unpack_weight(Tensor packed, int n, int k, int e=0, int weight_bits=8, Tensor? zero=None, Tensor? levels=None, "
+      "int group_size=0) -> (Tensor, Tensor)");
   m.def(
       "quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
-      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0) -> Tensor");
+      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0, "
+      "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
   // The same kernel under a name that carries an autograd formula: registering one costs a call 5 us even when unused.
   m.def(
       "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
-      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0) -> Tensor");
+      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0, "
+      "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
   m.def(
       "scale_folded_linear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
-      "float outlier_threshold=4.0, bool symmetric=True) -> Tensor");
+      "float outlier_threshold=4.0, bool symmetric=True, int weight_bits=8, Tensor? zero=None, "
+      "Tensor? levels=None) -> Tensor");
   m.def(
       "scale_folded_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? "
       "input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
-      "float outlier_threshold=4.0, bool symmetric=True) -> Tensor");
+      "float outlier_threshold=4.0, bool symmetric=True, int weight_bits=8, Tensor? zero=None, "
+      "Tensor? levels=None) -> Tensor");
   m.def("pack_codes(Tensor codes, int bits) -> Tensor");
   m.def(
       "dequantize_weight(Tensor packed, Tensor scale, int k, int bits, int group_size, Tensor? zero=None, "

@@ -1,7 +1,6 @@
 // y = quantize(x) * codes^T * step * scale + bias: check, allocate, quantize the tokens, multiply panel by panel.
 #include <algorithm>
 
-#include "core/pack.h"
 #include "linear.h"
 
 namespace ocsquant {
@@ -52,11 +51,11 @@ void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const
   });
   const int64_t panels = w.panels(), blocks = (m + kernels.row_block - 1) / kernels.row_block;
   const auto multiply = [&](int64_t b, int64_t e) {
-    alignas(64) int32_t sums[2 * kMaxRowBlock * kPanel];
+    alignas(64) uint8_t scratch[kUnpackedGroups * kGroupBytes + 2 * kMaxRowBlock * kPanel * sizeof(int32_t)];
     for (int64_t u = b; u < e; ++u) {
       const int64_t first = u / panels * kernels.row_block;
       (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
-          a, w, y, dtype, first, std::min(m, first + kernels.row_block), u % panels, sums);
+          a, w, y, dtype, first, std::min(m, first + kernels.row_block), u % panels, scratch);
     }
   };
   if (m * w.n * w.k > kSerialProducts) {
@@ -82,23 +81,18 @@ Tensor linear(const char* op, const LinearOperands& t, TokenQuantizer how) {
   const Float dtype = check_float(op, "x", x);
   OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   check_tensor(op, "packed", t.packed, ScalarType::Byte, 4);
-  check_tensor(op, "scale", t.scale, ScalarType::Float, t.group_size > 0 ? 2 : 1);
+  t.storage.check(op);
+  check_tensor(op, "scale", t.scale, ScalarType::Float, t.storage.group_size > 0 ? 2 : 1);
   const int64_t k = x.size(-1), n = t.scale.size(-1), e = t.tail_index.has_value() ? t.tail_index->numel() : 0;
   const int64_t limit = how.fixed ? kMaxFixedDepth : kMaxDepth;
   OCSQ_CHECK(k + e <= limit, op, ": x must have at most ", limit - e, " columns, the limit of exact int32 sums, got ",
              k);
-  PackedWeight w = {nullptr, n, k, e, nullptr, nullptr, nullptr, t.group_size};
-  if (t.group_size > 0) {
-    OCSQ_CHECK(e == 0, op, ": tail_index must be None where the scales have groups");
-    OCSQ_CHECK(t.scale.size(0) == w.scale_groups(), op, ": scale must be [", w.scale_groups(), ", outputs] for ", k,
-               " columns of x in groups of ", t.group_size, ", got ", t.scale.size(0), " groups");
-  }
-  const int64_t blocks = w.groups() + w.bound_blocks();
-  OCSQ_CHECK(t.packed.size(0) == w.panels() && t.packed.size(1) == blocks && t.packed.size(2) == kPanel &&
-                 t.packed.size(3) == kGroup,
-             op, ": packed must be [", w.panels(), ", ", blocks, ", 64, 4] for ", n, " scales, ", k,
-             " columns of x and ", e, " tail columns, got [", t.packed.size(0), ", ", t.packed.size(1), ", ",
-             t.packed.size(2), ", ", t.packed.size(3), "]");
+  PackedForm form(op, n, k, e, t.storage);
+  PackedWeight& w = form.weight;
+  OCSQ_CHECK(w.group_channels == 0 || t.scale.size(0) == w.scale_groups(), op, ": scale must be [", w.scale_groups(),
+             ", outputs] for ", k, " columns of x in groups of ", w.group_channels, ", got ", t.scale.size(0),
+             " groups");
+  form.check_sizes(op, t.packed);
   const Tensor dense_x = dense(x), dense_packed = dense(t.packed), dense_scale = dense(t.scale);
   std::optional<Tensor> dense_bias, dense_index, dense_inverse, dense_shift;
   if (t.bias.has_value()) {
@@ -137,11 +131,11 @@ namespace {
 
 Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold,
-                        int64_t group_size) {
+                        int64_t group_size, int64_t weight_bits, const std::optional<Tensor>& zero,
+                        const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "quantized_linear";
-  OCSQ_CHECK(group_size >= 0 && group_size % (kSpan * kGroup) == 0, kOp, ": group_size must be 0 or a multiple of ",
-             kSpan * kGroup, ", got ", group_size);
-  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt, group_size},
+  const Storage storage = {weight_bits, zero, levels, group_size};
+  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt, storage},
                 check_quantizer(kOp, bits, max_outliers, threshold));
 }
 

@@ -7,7 +7,8 @@ namespace {
 Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& input_inverse,
                            const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& tail_index, int64_t bits, bool dynamic, int64_t max_outliers,
-                           double threshold, bool symmetric) {
+                           double threshold, bool symmetric, int64_t weight_bits, const std::optional<Tensor>& zero,
+                           const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "scale_folded_linear";
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
   how.fixed = !dynamic;
@@ -15,7 +16,8 @@ Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& 
   OCSQ_CHECK(symmetric || (!dynamic && max_outliers == 0), kOp,
              ": symmetric must be True where dynamic is True or max_outliers is above 0");
   const std::optional<Tensor> inverse = input_inverse;
-  return linear(kOp, {x, packed, scale, bias, tail_index, inverse, input_shift}, how);
+  return linear(kOp, {x, packed, scale, bias, tail_index, inverse, input_shift, Storage{weight_bits, zero, levels}},
+                how);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {

@@ -73,6 +73,14 @@ class QuantizedWeight:
         zero = self.zero.to(torch.int16).repeat_interleave(self.group_size, 1)
         return self.codes - zero[:, : self.codes.shape[1]]
 
+    def storage(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """weight_bits, zero and levels of `ops.pack_weight` for `integers`; tables of every row take whole bytes."""
+        wide = self.bits > 6 or (self.levels is not None and self.levels.shape[0] > 1)
+        if wide:
+            return 8, None, None
+        zero = None if self.zero is None else self.zero.T.to(torch.uint8).contiguous()
+        return self.bits + self.bits % 2, zero, None if self.levels is None else self.levels[0]
+
     def dequantize(self) -> Tensor:
         """float32 [n, k]."""
         blocks = blocked(self._numbers(self.codes), self.group_size)

@@ -20,23 +20,26 @@ from ocsquant.nn.quantized import Quantized
 class QuantizedLinear(Quantized):
     """y = x W^T + b in integers: `ocsquant.ops.quantized_linear`, or `scale_folded_linear` with calibrated inputs.
 
-    Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes), `scale` float32 [out_features], or with a
-    `group_size` above 0 [groups of input channels, out_features], `bias` float32 [out_features] or None, `tail_index`
-    int32 or None, `input_inverse` and `input_shift` float32 [in_features] or None (the shift's part of the output is in
-    `bias`). No dtype conversion of a model (.half(), .bfloat16(), .to(dtype)) touches them. Takes float32, bfloat16,
-    float16 or float64 [..., in_features]; returns the same dtype.
+    Built by `ocsquant.quantize`. Buffers: `packed` (the weight codes, `weight_bits` each), `zero` and `levels` (what
+    those stand for, see `ocsquant.ops.pack_weight`) or None, `scale` float32 [out_features], or with a `group_size`
+    above 0 [groups of input channels, out_features], `bias` float32 [out_features] or None, `tail_index` int32 or None,
+    `input_inverse` and `input_shift` float32 [in_features] or None (the shift's part of the output is in `bias`). No
+    dtype conversion of a model (.half(), .bfloat16(), .to(dtype)) touches them. Takes float32, bfloat16, float16 or
+    float64 [..., in_features]; returns the same dtype.
     `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
     changes nothing.
     """
 
     origin = "Linear"
-    tensors = ("packed", "scale", "bias", "tail_index", "input_inverse", "input_shift")
+    tensors = ("packed", "scale", "bias", "tail_index", "input_inverse", "input_shift", "zero", "levels")
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
     tail_index: Tensor | None
     input_inverse: Tensor | None
     input_shift: Tensor | None
+    zero: Tensor | None
+    levels: Tensor | None
 
     def __init__(
         self,
@@ -51,17 +54,18 @@ class QuantizedLinear(Quantized):
         input_inverse: Tensor | None = None,
         input_shift: Tensor | None = None,
         group_size: int = 0,
+        weight_bits: int = 8,
+        zero: Tensor | None = None,
+        levels: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size = group_size
+        self.group_size, self.weight_bits = group_size, weight_bits
         self.activations = activations
-        self.register_buffer("packed", packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
-        self.register_buffer("tail_index", tail_index)
-        self.register_buffer("input_inverse", input_inverse)
-        self.register_buffer("input_shift", input_shift)
+        buffers = (packed, scale, bias, tail_index, input_inverse, input_shift, zero, levels)
+        # torch.export counts past the buffers that are None: those come last.
+        for name, buffer in sorted(zip(self.tensors, buffers, strict=True), key=lambda pair: pair[1] is None):
+            self.register_buffer(name, buffer)
 
     @classmethod
     def from_weight(
@@ -71,7 +75,7 @@ class QuantizedLinear(Quantized):
         activations: Activations,
         transform: InputTransform | ClippedInput | None = None,
     ) -> QuantizedLinear:
-        """From a `QuantizedWeight` of the layer's weight, folded with `transform`; integers of a byte and a tail."""
+        """From a `QuantizedWeight` of the layer's weight, folded with `transform`."""
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
         groups = weight.scale.shape[1]
         scale, inverse, shift = weight.scale.T if groups > 1 else weight.scale[:, 0], None, None
@@ -79,18 +83,23 @@ class QuantizedLinear(Quantized):
             scale, bias, inverse, shift = transform.operands(weight, layer.weight.detach(), bias)
         base, tail, tail_index = weight.base_and_tail()
         split = tail_index.numel() > 0
+        weight_bits, zero, levels = weight.storage()
+        group_size = weight.group_size if groups > 1 else 0
         return cls(
             weight.codes.shape[1],
             weight.codes.shape[0],
             weight.bits,
             activations,
-            ops.pack_weight(base, tail if split else None),
+            ops.pack_weight(base, tail if split else None, weight_bits, zero, levels, group_size),
             scale.contiguous(),
             None if bias is None else bias.float().clone(),
             tail_index if split else None,
             inverse,
             shift,
-            weight.group_size if groups > 1 else 0,
+            group_size,
+            weight_bits,
+            zero,
+            levels,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,6 +123,9 @@ class QuantizedLinear(Quantized):
                 a.max_outliers,
                 a.outlier_threshold,
                 self.group_size,
+                self.weight_bits,
+                b["zero"],
+                b["levels"],
             )
         return ops.scale_folded_linear(
             input,
@@ -128,20 +140,24 @@ class QuantizedLinear(Quantized):
             a.max_outliers,
             a.outlier_threshold,
             a.symmetric,
+            self.weight_bits,
+            b["zero"],
+            b["levels"],
         )
 
     @property
     def weight(self) -> Tensor:
         """float32 [out_features, in_features], dequantized anew at each reading."""
-        index, size = self.tail_index, self.group_size
-        folded = ops.dequantize_packed(self.packed, self.scale, self.in_features, index, size)
+        form = (self.group_size, self.weight_bits, self.zero, self.levels)
+        folded = ops.dequantize_packed(self.packed, self.scale, self.in_features, self.tail_index, *form)
         return folded if self.input_inverse is None else folded * self.input_inverse
 
     @property
     def codes(self) -> Tensor:
         """int16 [out_features, in_features]: base plus tail codes."""
         index = self.tail_index
-        base, tail = ops.unpack_weight(self.packed, self.out_features, self.in_features, self.split_channels)
+        sizes = (self.out_features, self.in_features, self.split_channels)
+        base, tail = ops.unpack_weight(self.packed, *sizes, self.weight_bits, self.zero, self.levels, self.group_size)
         total = base.to(torch.int16)
         return total if index is None else total.index_add_(1, index.long(), tail.to(torch.int16))
 
@@ -174,4 +190,5 @@ class QuantizedLinear(Quantized):
             "bits": self.bits,
             "activations": dataclasses.asdict(self.activations),
             "group_size": self.group_size,
+            "weight_bits": self.weight_bits,
         }

@@ -27,6 +27,9 @@ def quantized_linear(
     max_outliers: int = 16,
     outlier_threshold: float = 4.0,
     group_size: int = 0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
 
@@ -45,13 +48,18 @@ def quantized_linear(
         max_outliers: 0..64 values of a token that may lie beyond the range; 0 is plain dynamic quantization.
         outlier_threshold: 2..1e6, in units of the token's root mean square.
         group_size: 0, or a multiple of 16: input channels that share a step of an output's weights.
+        weight_bits, zero, levels: what `pack_weight` was given.
 
     Returns:
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
     op = _quantized_linear_train if wants_gradient(x) else _quantized_linear
-    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size)
+    # Every argument costs the dispatcher a tenth of a microsecond, defaults do not.
+    stored = () if weight_bits == 8 and zero is None and levels is None else (weight_bits, zero, levels)
+    return op(
+        x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size, *stored
+    )
 
 
 def scale_folded_linear(
@@ -67,6 +75,9 @@ def scale_folded_linear(
     max_outliers: int = 0,
     outlier_threshold: float = 4.0,
     symmetric: bool = True,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Linear layer whose weight codes have taken over scales of its input channels (OutlierTune, arXiv 2406.18832).
 
@@ -86,6 +97,7 @@ def scale_folded_linear(
         bias: float32 [n].
         tail_index, activation_bits, max_outliers, outlier_threshold: as in `quantized_linear`; the threshold counts
             only where `dynamic`, and max_outliers is 0 without `symmetric`.
+        weight_bits, zero, levels: what `pack_weight` was given.
 
     Returns:
         [..., n] in the dtype of `x`. A token with NaN or Inf, in x or in u, gives NaN. The gradient with respect to `x`
@@ -107,19 +119,28 @@ def scale_folded_linear(
         max_outliers,
         outlier_threshold,
         symmetric,
+        weight_bits,
+        zero,
+        levels,
     )
 
 
 def _linear_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None = None, tail_index: Tensor | None = None, *_: Any
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    activation_bits: int = 8,
+    max_outliers: int = 16,
+    outlier_threshold: float = 4.0,
+    group_size: int = 0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
-    check_devices("quantized_linear", x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index)
-    torch._check(x.dim() >= 1, lambda: "quantized_linear: x must have at least one dimension, got a scalar")
-    return x.new_empty((*x.shape[:-1], scale.shape[-1]))
-
-
-torch.library.register_fake("ocsquant::quantized_linear", _linear_fake)
-torch.library.register_fake("ocsquant::quantized_linear_train", _linear_fake)
+    others = {"bias": bias, "tail_index": tail_index, "zero": zero, "levels": levels}
+    return _output("quantized_linear", x, packed, scale, **others)
 
 
 def _folded_fake(
@@ -130,40 +151,52 @@ def _folded_fake(
     input_shift: Tensor | None = None,
     bias: Tensor | None = None,
     tail_index: Tensor | None = None,
-    *_: Any,
+    activation_bits: int = 8,
+    dynamic: bool = False,
+    max_outliers: int = 0,
+    outlier_threshold: float = 4.0,
+    symmetric: bool = True,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     vectors = {"input_inverse": input_inverse, "input_shift": input_shift, "bias": bias, "tail_index": tail_index}
-    check_devices("scale_folded_linear", x=x, packed=packed, scale=scale, **vectors)
-    torch._check(x.dim() >= 1, lambda: "scale_folded_linear: x must have at least one dimension, got a scalar")
-    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+    return _output("scale_folded_linear", x, packed, scale, **vectors, zero=zero, levels=levels)
 
 
-torch.library.register_fake("ocsquant::scale_folded_linear", _folded_fake)
-torch.library.register_fake("ocsquant::scale_folded_linear_train", _folded_fake)
+def _output(op: str, x: Tensor, packed: Tensor, scale: Tensor, **others: Tensor | None) -> Tensor:
+    check_devices(op, x=x, packed=packed, scale=scale, **others)
+    torch._check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got a scalar")
+    return x.new_empty((*x.shape[:-1], scale.shape[-1]))
+
+
+for _suffix in ("", "_train"):
+    torch.library.register_fake(f"ocsquant::quantized_linear{_suffix}", _linear_fake)
+    torch.library.register_fake(f"ocsquant::scale_folded_linear{_suffix}", _folded_fake)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, _, tail_index, *_, ctx.group_size = inputs
+    x, packed, scale, _, tail_index, _, _, _, ctx.group_size, ctx.weight_bits, zero, levels = inputs
     ctx.k = x.shape[-1]
-    ctx.save_for_backward(packed, scale, tail_index)
+    ctx.save_for_backward(packed, scale, tail_index, zero, levels)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scale, tail_index = ctx.saved_tensors
-    dx = grad @ dequantize_packed(packed, scale, ctx.k, tail_index, ctx.group_size).to(grad.dtype)
-    return dx, *[None] * 8
+    packed, scale, tail_index, zero, levels = ctx.saved_tensors
+    form = (ctx.k, tail_index, ctx.group_size, ctx.weight_bits, zero, levels)
+    return grad @ dequantize_packed(packed, scale, *form).to(grad.dtype), *[None] * 11
 
 
 def _folded_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, scale, inverse, _, _, tail_index, *_ = inputs
+    x, packed, scale, inverse, _, _, tail_index, *_, ctx.weight_bits, zero, levels = inputs
     ctx.k = x.shape[-1]
-    ctx.save_for_backward(packed, scale, inverse, tail_index)
+    ctx.save_for_backward(packed, scale, inverse, tail_index, zero, levels)
 
 
 def _folded_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    packed, scale, inverse, tail_index = ctx.saved_tensors
-    weight = dequantize_packed(packed, scale, ctx.k, tail_index) * inverse
-    return grad @ weight.to(grad.dtype), *[None] * 11
+    packed, scale, inverse, tail_index, zero, levels = ctx.saved_tensors
+    weight = dequantize_packed(packed, scale, ctx.k, tail_index, 0, ctx.weight_bits, zero, levels) * inverse
+    return grad @ weight.to(grad.dtype), *[None] * 14
 
 
 torch.library.register_autograd("ocsquant::quantized_linear_train", _linear_backward, setup_context=_linear_setup)

@@ -9,25 +9,46 @@ from ocsquant.layout import packed_shape
 from ocsquant.ops.library import check_devices, check_there, check_vector, compiled
 
 
-def pack_weight(codes: Tensor, tail: Tensor | None = None) -> Tensor:
+def pack_weight(
+    codes: Tensor,
+    tail: Tensor | None = None,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
     """Pack int8 weight codes into the layout the kernels read.
 
     Args:
-        codes: int8 [n, k], one row per output, within -127..127.
+        codes: int8 [n, k], one row per output: the integers that are multiplied, within -127..127. Below 8 bits they
+            are stored as numbers 0..2^weight_bits - 1: code + 2^(weight_bits - 1), code + zero, or an index of levels.
         tail: int8 [n, e], codes to be added to those of the channels that `tail_index` of `quantized_linear` names.
+        weight_bits: 8, 6, 4 or 2 a code takes; the tail's always take 8.
+        zero: uint8 [1, n], or with group_size [ceil(k / group_size), n], below 2^weight_bits; None at 8 bits.
+        levels: int8 [at most 2^weight_bits], all that codes may be; None at 8 bits and beside zero.
+        group_size: 0, or a multiple of 16: input channels that share a zero point; 0 beside a tail.
 
     Returns:
-        uint8 [ceil(n / 64), b + ceil(b / 1024), 64, 4] with b = ceil(k / 4) + ceil(e / 4): panels of 64 outputs, in
-        each the codes + 128 in blocks of 4 channels, then bounds that tell the kernels where 16-bit sums suffice.
+        uint8 [ceil(n / 64), blocks, 64, 4]: panels of 64 outputs, in each the codes in blocks of 4 channels (below 8
+        bits of so many more), then bounds that tell the kernels where 16-bit sums suffice.
     """
     check_there("pack_weight", "codes", codes)
-    return compiled.pack_weight(codes, tail)
+    return compiled.pack_weight(codes, tail, weight_bits, zero, levels, group_size)
 
 
-def unpack_weight(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
-    """The codes int8 [n, k] and tail int8 [n, e] that `pack_weight` was given."""
+def unpack_weight(
+    packed: Tensor,
+    n: int,
+    k: int,
+    e: int = 0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The codes int8 [n, k] and tail int8 [n, e] that `pack_weight` was given, with the same other arguments."""
     check_there("unpack_weight", "packed", packed)
-    return compiled.unpack_weight(packed, n, k, e)
+    return compiled.unpack_weight(packed, n, k, e, weight_bits, zero, levels, group_size)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -72,8 +93,17 @@ def dequantize_weight(
     return compiled.dequantize_weight(packed, scale, k, bits, group_size, zero, levels, rows)
 
 
-def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor | None, group_size: int = 0) -> Tensor:
-    """The float32 [n, k] matrix that a packed weight stands for; `scale` and `group_size` as in `quantized_linear`."""
+def dequantize_packed(
+    packed: Tensor,
+    scale: Tensor,
+    k: int,
+    tail_index: Tensor | None,
+    group_size: int = 0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """The float32 [n, k] matrix that a packed weight stands for; the arguments are those of `quantized_linear`."""
     op = "dequantize_packed"
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
         raise RuntimeError(f"{op}: group_size must be a whole number of at least 0, got {group_size!r}")
@@ -84,7 +114,8 @@ def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor 
         raise RuntimeError(f"{op}: scale must have {groups} groups for group_size {group_size}, got {scale.shape[0]}")
     if tail_index is not None:
         check_vector(op, "tail_index", tail_index, torch.int32)
-    codes, tail = unpack_weight(packed, rows.shape[0], k, 0 if tail_index is None else tail_index.shape[0])
+    e = 0 if tail_index is None else tail_index.shape[0]
+    codes, tail = unpack_weight(packed, rows.shape[0], k, e, weight_bits, zero, levels, group_size)
     check_devices(op, packed=packed, scale=scale, tail_index=tail_index)
     total = codes.float()
     if tail_index is not None:
@@ -95,15 +126,32 @@ def dequantize_packed(packed: Tensor, scale: Tensor, k: int, tail_index: Tensor 
 
 
 @torch.library.register_fake("ocsquant::pack_weight")
-def _(codes: Tensor, tail: Tensor | None = None) -> Tensor:
-    check_devices("pack_weight", codes=codes, tail=tail)
+def _(
+    codes: Tensor,
+    tail: Tensor | None = None,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    check_devices("pack_weight", codes=codes, tail=tail, zero=zero, levels=levels)
     n, k = codes.shape
     e = 0 if tail is None else tail.shape[1]
-    return codes.new_empty(packed_shape(n, k, e), dtype=torch.uint8)
+    return codes.new_empty(packed_shape(n, k, e, weight_bits), dtype=torch.uint8)
 
 
 @torch.library.register_fake("ocsquant::unpack_weight")
-def _(packed: Tensor, n: int, k: int, e: int = 0) -> tuple[Tensor, Tensor]:
+def _(
+    packed: Tensor,
+    n: int,
+    k: int,
+    e: int = 0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+    group_size: int = 0,
+) -> tuple[Tensor, Tensor]:
+    check_devices("unpack_weight", packed=packed, zero=zero, levels=levels)
     return packed.new_empty((n, k), dtype=torch.int8), packed.new_empty((n, e), dtype=torch.int8)
 
 

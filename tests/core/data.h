@@ -258,6 +258,26 @@ inline void fill_codes(Random& r, int fill, std::vector<int8_t>& codes) {
   }
 }
 
+// Codes as `bits` bits can express them, from what has been filled in: around 2^(bits-1), around zero points, or a
+// table.
+inline void narrow_codes(Random& r, Weight& w) {
+  const int top = 1 << w.bits;
+  const uint64_t kind = r.below(4);
+  const int64_t size = w.group > 0 ? w.group : std::max<int64_t>(w.k, 1), groups = (w.k + size - 1) / size;
+  w.zero.resize(kind == 1 ? std::max<int64_t>(groups, 1) * w.n : 0);
+  w.levels.resize(kind == 2 ? 64 : 0);
+  for (auto& z : w.zero) z = static_cast<uint8_t>(r.below(4) == 0 ? (r.below(2) == 0 ? 0 : top - 1) : r.below(top));
+  for (auto& level : w.levels) level = static_cast<int8_t>(r.next() >> 40);
+  for (int64_t j = 0; j < w.n; ++j) {
+    for (int64_t p = 0; p < w.k; ++p) {
+      int8_t& code = w.codes[j * w.k + p];
+      const int number = (code + 128) >> (8 - w.bits);
+      const int zero = w.zero.empty() ? top / 2 : w.zero[p / size * w.n + j];
+      code = static_cast<int8_t>(w.levels.empty() ? number - zero : w.levels[number]);
+    }
+  }
+}
+
 // fill: one of WeightFill, or -1 to let the seed choose; e tail columns, at most k.
 inline void make_weight(int64_t n, int64_t k, int64_t e, uint64_t seed, int fill, Weight& w) {
   Random r(seed);
@@ -278,6 +298,11 @@ inline void make_weight(int64_t n, int64_t k, int64_t e, uint64_t seed, int fill
   }
   static constexpr int64_t kGroupSizes[] = {16, 32, 64, 128, 400, 1040};
   w.group = e == 0 && k > 0 && r.below(3) == 0 ? kGroupSizes[r.below(6)] : 0;
+  static constexpr int kWidths[] = {8, 8, 8, 6, 4, 2};
+  w.bits = kWidths[r.below(6)];
+  w.zero.clear();
+  w.levels.clear();
+  if (w.bits < 8) narrow_codes(r, w);
   w.scale.resize(n * (w.group > 0 ? (k + w.group - 1) / w.group : 1));
   w.bias.resize(has_bias ? n : 0);
   for (auto& s : w.scale) s = std::ldexp(0.5f + r.uniform(), wild ? static_cast<int>(r.below(250)) - 125 : -9);

@@ -49,22 +49,32 @@ class Rig {
     how_ = tokens.how;
     if (!tokens.inverse.empty()) how_.inverse = inverse_arena_.copy(tokens.inverse.data(), k, plan.side);
     if (!tokens.shift.empty()) how_.shift = shift_arena_.copy(tokens.shift.data(), k, plan.side);
-    packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr, weight.group};
+    packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr, weight.group, weight.bits};
+    if (!weight.zero.empty()) packed_.zero = zero_arena_.copy(weight.zero.data(), weight.zero.size(), plan.side);
+    if (!weight.levels.empty()) packed_.levels = levels_arena_.copy(weight.levels.data(), 64, plan.side);
     uint8_t* packed = packed_arena_.place<uint8_t>(packed_.panels() * packed_.panel_bytes(), plan.side);
-    ocsquant::pack_panels(weight.codes.data(), e > 0 ? weight.tail.data() : nullptr, packed_, packed);
+    packs_ = ocsquant::pack_panels(weight.codes.data(), e > 0 ? weight.tail.data() : nullptr, packed_, packed) < 0;
     packed_.packed = packed;
     if (e > 0) packed_.tail_index = index_arena_.copy(weight.index.data(), e, plan.side);
     packed_.scale = scale_arena_.copy(weight.scale.data(), n * packed_.scale_groups(), plan.side);
     if (!weight.bias.empty()) packed_.bias = bias_arena_.copy(weight.bias.data(), n, plan.side);
+    std::vector<int8_t> codes(n * k), tail(n * e);
+    ocsquant::unpack_panels(packed_, codes.data(), tail.data());
+    packs_ = packs_ && codes == weight.codes && tail == weight.tail;
     exact_ = linear(tokens.codes, tokens.step, weight, expected_);
   }
 
   void run(Level& level) {
     Case c(level,
-           "M %ld N %ld K %ld tail %ld groups of %ld, %s to %s, bits %d, outliers %d, threshold %g, fill %d%s%s, "
+           "M %ld N %ld K %ld tail %ld groups of %ld, weights of %d bits%s, %s to %s, bits %d, outliers %d, threshold "
+           "%g, fill %d%s%s, "
            "ranges %ld, blocks "
            "%ld%s",
            long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), long(packed_.group_channels),
+           packed_.bits,
+           packed_.zero     ? " from below"
+           : packed_.levels ? " in a table"
+                            : "",
            text(tokens_->dtype), text(out_), tokens_->how.bits, tokens_->how.max_outliers,
            double(tokens_->how.threshold), tokens_->fill,
            !how_.symmetric ? ", from below"
@@ -72,6 +82,7 @@ class Rig {
            : how_.inverse  ? ", folded"
                            : "",
            packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
+    c.check(packs_, "the packed weight does not hold the codes");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;
     place_outputs(kernels);
@@ -98,7 +109,8 @@ class Rig {
     for (int t = 0; t < 2; ++t) {
       scratch_[t] = scratch_arena_[t].place<uint8_t>(ocsquant::quantize_scratch_bytes(packed_, kernels.row_tile), side);
       const int64_t halves = packed_.group_channels > 0 ? 2 : 1;
-      sums_[t] = sums_arena_[t].place<int32_t>(halves * kernels.row_block * kPanel, side);
+      const int64_t sums = halves * kernels.row_block * kPanel * sizeof(int32_t);
+      sums_[t] = sums_arena_[t].place<uint8_t>(ocsquant::kUnpackedGroups * ocsquant::kGroupBytes + sums, side);
     }
     y_ = out_ == Float::f32 ? static_cast<void*>(y_arena_.place<float>(m * packed_.n, side))
                             : y_arena_.place<uint16_t>(m * packed_.n, side);
@@ -162,9 +174,9 @@ class Rig {
     if (a_.group_offset_codes != nullptr) c.check(group_arena_.intact(), "bytes beside the groups' sums were written");
   }
 
-  Arena x_arena_, inverse_arena_, shift_arena_, packed_arena_, scale_arena_, bias_arena_, index_arena_, y_arena_,
-      codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, group_arena_, scratch_arena_[2],
-      sums_arena_[2];
+  Arena x_arena_, inverse_arena_, shift_arena_, zero_arena_, levels_arena_, packed_arena_, scale_arena_, bias_arena_,
+      index_arena_, y_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, group_arena_,
+      scratch_arena_[2], sums_arena_[2];
   const Tokens* tokens_ = nullptr;
   const Weight* weight_ = nullptr;
   Float out_ = Float::f32;
@@ -173,8 +185,8 @@ class Rig {
   ocsquant::TokenQuantizer how_ = {};
   Activations a_ = {};
   void *x_ = nullptr, *y_ = nullptr, *scratch_[2] = {};
-  int32_t* sums_[2] = {};
-  bool exact_ = false;
+  uint8_t* sums_[2] = {};
+  bool exact_ = false, packs_ = false;
   std::vector<float> expected_;
 };
 

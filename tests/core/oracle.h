@@ -132,6 +132,9 @@ struct Weight {
   std::vector<int32_t> index;       // [e]
   std::vector<float> scale, bias;   // [n], or [groups][n]; [n] or empty
   int64_t group = 0;                // channels that share a scale of an output; 0: all
+  int bits = 8;                     // that a code is stored in
+  std::vector<uint8_t> zero;        // [1 or groups][n] or empty
+  std::vector<int8_t> levels;       // [64] or empty
 };
 
 // y[m][n] from codes[m][k]. False if an exact sum does not fit the int32 the kernels keep it in.
