@@ -74,7 +74,7 @@ def call_overhead(repetitions: int) -> dict[str, list[float]]:
     """One token through a 16 x 16 layer, where there is nothing to compute; `quantize` leaves such layers float."""
     layer = nn.Linear(16, 16).eval()
     weight = quantize_weight(layer.weight.detach(), bits=8)
-    ours = QuantizedLinear.from_weight(weight, layer, ocsquant.PerToken()).eval()
+    ours = QuantizedLinear.from_weight(weight, layer.bias, ocsquant.PerToken()).eval()
     x = torch.randn(1, 16)
     return measure.interleave({"fp32": Call(lambda: layer(x)), "ocsquant": Call(lambda: ours(x))}, repetitions)
 

@@ -145,9 +145,10 @@ def dynamic_peer(model: nn.Module, engine: str) -> nn.Module:
     try:
         torch.backends.quantized.engine = engine
         with quiet():
-            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+            from torch.ao.quantization import default_dynamic_qconfig, per_channel_dynamic_qconfig, quantize_dynamic
 
-            return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig})
+            recurrent = dict.fromkeys((nn.LSTM, nn.GRU), default_dynamic_qconfig)  # it has no scales per channel
+            return quantize_dynamic(model, {nn.Linear: per_channel_dynamic_qconfig, **recurrent})
     finally:
         torch.backends.quantized.engine = before
 

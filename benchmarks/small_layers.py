@@ -25,7 +25,7 @@ SIZES, SHORT_SIZES, TOKENS = (8, 16, 32, 64, 96, 128, 192, 256), (16, 32, 64, 25
 def cell(outputs: int, inputs: int, tokens: int, repetitions: int) -> dict[str, Any]:
     layer = nn.Linear(inputs, outputs).eval()
     weight = quantize_weight(layer.weight.detach(), bits=8)
-    ours = QuantizedLinear.from_weight(weight, layer, ocsquant.PerToken()).eval()
+    ours = QuantizedLinear.from_weight(weight, layer.bias, ocsquant.PerToken()).eval()
     x = torch.randn(tokens, inputs)
     calls = {"fp32": Call(lambda: layer(x)), "ocsquant": Call(lambda: ours(x))}
     times = measure.interleave(calls, repetitions, block=1e-3)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ocsquant.config import Recipe
 from ocsquant.layers import (
+    RECURRENT,
     Matrix,
     plan_from,
     plan_splits,
@@ -27,6 +28,7 @@ from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import (
     FORMS,
+    RECURRENT_FORMS,
     FakeQuantizeInput,
     Quantized,
     QuantizedLinear,
@@ -36,6 +38,7 @@ from ocsquant.nn import (
     StoredWeight,
     form_of,
 )
+from ocsquant.nn.recurrent import part_names
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
@@ -95,11 +98,12 @@ def _build_target(
     quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in parts]
     layer = _describe(target, parts, quantized)
     if integer:
-        made = _build_integer(module, quantized[0], target)
+        made = _build_integer(module, {m.name: q for (m, _), q in zip(parts, quantized, strict=True)}, target)
         new: nn.Module = made
         if not _share(shared, module, made):
             notes.append("its weight is also another layer's, but quantized for this one alone: stored twice")
         layer.kernel, layer.split_channels = made.kernel, made.split_channels
+        layer.activation_bits = made.activation_bits
         layer.bytes_after = sum(b.numel() * b.element_size() for b in made.buffers())
     else:
         new = _build_simulated(module, [matrix for matrix, _ in parts], quantized, target.transform)
@@ -111,18 +115,28 @@ def _build_target(
     return new, layer
 
 
-def _build_integer(module: nn.Module, weight: QuantizedWeight, target: Target) -> Quantized:
+def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], target: Target) -> Quantized:
     activations, transform = target.recipe.activations, target.transform
-    if activations is None:
+    if isinstance(module, RECURRENT):
+        assert activations is not None
+        parts = {}
+        for name in part_names(module):
+            bias = getattr(module, f"bias_{name}", None)
+            parts[name] = QuantizedLinear.from_weight(weights[f"weight_{name}"], bias, activations)
+        return RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"](module, parts)
+    weight = weights["weight"]
+    if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]
         return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
     assert isinstance(module, nn.Linear)
-    return QuantizedLinear.from_weight(weight, module, activations, transform)
+    return QuantizedLinear.from_weight(weight, module.bias, activations, transform, module.weight)
 
 
 def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> bool:
     """Two layers that share a weight go on sharing it, where they are quantized alike; whether that is so."""
+    if isinstance(module, RECURRENT):
+        return True
     first = shared.setdefault(id(module.weight), new)
     if first is new:
         return True

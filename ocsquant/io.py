@@ -28,12 +28,13 @@ from ocsquant.errors import (
 from ocsquant.nn import (
     FORMS,
     FakeQuantizeInput,
-    Quantized,
     QuantizedLinear,
     QuantizedMultiheadAttention,
     SplitConv,
     SplitLinear,
+    quantized_modules,
 )
+from ocsquant.nn.linear import FLOATS
 from ocsquant.records import layer_from
 from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
 
@@ -41,7 +42,6 @@ VERSION = 5
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -55,10 +55,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_type("path", path, (str, os.PathLike), "a path")
     layers: dict[str, Any] = {}
     attention, attributes = [], []
+    for name, module in quantized_modules(model):
+        layers[name] = module.settings()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Quantized):
-            layers[name] = module.settings()
-        elif isinstance(module, (SplitLinear, SplitConv)) or _simulated(module):
+        if isinstance(module, (SplitLinear, SplitConv)) or _simulated(module):
             raise UnsupportedModuleError(name, "simulated and written-out split layers are not saved by ocsquant.save")
         elif isinstance(module, QuantizedMultiheadAttention):
             attention.append(name)
@@ -205,7 +205,8 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
         if old is None:
             raise SchemaMismatchError(f"the file has a quantized layer '{path}', the model has no such module")
         prefix = f"{path}." if path else ""
-        new = layer_from(path, old, settings, {n: left.pop(prefix + n) for n in LAYER_TENSORS if prefix + n in left})
+        names = [*LAYER_TENSORS, *(f"{part}.{n}" for part in settings.get("parts", ()) for n in LAYER_TENSORS)]
+        new = layer_from(path, old, settings, {n: left.pop(prefix + n) for n in names if prefix + n in left})
         module = made.setdefault(id(old), inherit(new, old))
         changes.append(become(old, module))
     for name in record["attention"]:
@@ -233,7 +234,7 @@ def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]
     given: dict[int, Tensor] = {}  # what each tensor of the model gets
     owner: dict[int, int] = {}  # and where each tensor of the file goes
     for path, module in model.named_modules(remove_duplicate=False):
-        if path in quantized:
+        if any(path == layer or path.startswith(f"{layer}.") or not layer for layer in quantized):
             continue
         transient = module._non_persistent_buffers_set
         for name, old in (*module._parameters.items(), *module._buffers.items()):

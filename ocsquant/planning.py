@@ -22,7 +22,9 @@ from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import Quantized, QuantizedMultiheadAttention, form_of
 from ocsquant.nn.attention import unsupported
+from ocsquant.nn.recurrent import RECURRENT_FORMS, part_names, part_sizes
 
+SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 EXCLUDED = "excluded by filter_fn"
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
@@ -233,6 +235,8 @@ def _judge(
 ) -> tuple[str | None, str | None]:
     """(reason to leave it, kind); kind None: not a module this package speaks of."""
     module = place.module
+    if any(isinstance(parent, Quantized) for parent, _ in place.parents):
+        return None, None
     if isinstance(module, Quantized):
         return "already quantized", "linear"
     if hasattr(module, "quantized_as"):
@@ -316,28 +320,42 @@ def _reads_weight(parent: type[nn.Module], name: str) -> bool:
 
 def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
     """Why there is no integer kernel for this layer, or why it would not pay."""
-    weights = recipe.weights
-    if recipe.activations is None:
+    if recipe.activations is None or kind == "embedding":
         return _storage_problem(module, recipe, named)
-    if kind != "linear":
+    if kind == "conv":
         return (
             f"no integer kernel for {type(module).__name__} yet: use activations=None to store its weight in fewer "
             f"bits, or simulate=True for its accuracy"
         )
-    assert isinstance(module, nn.Linear)
+    if kind == "recurrent" and recipe.activations.needs_calibration:
+        return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
+    if isinstance(module, nn.Linear):
+        sizes = [(module.out_features, module.in_features)]
+        if not named and not pays(*sizes[0]):
+            return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
+    else:
+        assert isinstance(module, nn.RNNBase)
+        gates = RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"].gates
+        sizes = [part_sizes(module, name, gates) for name in part_names(module)]
+        if not named and module.hidden_size < SMALLEST_HIDDEN:
+            return f"too small to gain: {module.hidden_size} hidden units"
+    return next((problem for _, inputs in sizes if (problem := _product_problem(inputs, recipe))), None)
+
+
+def _product_problem(inputs: int, recipe: Recipe) -> str | None:
+    weights, activations = recipe.weights, recipe.activations
+    assert activations is not None
     if not weights.symmetric and weights.bits == 8:
         return "no integer kernel for zero points at 8 bits: use simulate=True for its accuracy"
-    if weights.granularity == "group" and weights.group_size < module.in_features:
-        missing = "calibrated inputs" if recipe.activations.needs_calibration else None
+    if weights.granularity == "group" and weights.group_size < inputs:
+        missing = "calibrated inputs" if activations.needs_calibration else None
         missing = "split channels" if weights.ocs is not None else missing
         missing = f"{weights.group_size} (no multiple of 16)" if weights.group_size % GROUP_STEP else missing
         if missing is not None:
             return f"no integer kernel for groups of {missing} yet: use simulate=True for its accuracy"
-    depth = MAX_DEPTH if recipe.activations.scale == "token" else MAX_DEPTH // 2
-    if 2 * module.in_features > depth:  # every channel may get a tail column
+    depth = MAX_DEPTH if activations.scale == "token" else MAX_DEPTH // 2
+    if 2 * inputs > depth:  # every channel may get a tail column
         return f"more than {depth // 2} inputs: int32 sums would not be exact"
-    if not named and not pays(module.out_features, module.in_features):
-        return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
     return None
 
 

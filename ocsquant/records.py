@@ -11,7 +11,8 @@ from ocsquant import ops
 from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import WIDTHS, packed_shape
-from ocsquant.nn import FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
+from ocsquant.nn import FORMS, RECURRENT_FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
+from ocsquant.nn.recurrent import SETTINGS, part_names, part_sizes
 from ocsquant.planning import GROUP_STEP
 
 
@@ -51,10 +52,11 @@ def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
     """The quantized form of `old` that a file describes. Raises CorruptCheckpointError and SchemaMismatchError."""
     check = Check(path)
     kind = settings.get("kind")
-    check(kind in ("QuantizedLinear", "WeightOnly"), f"there is no layer of kind {kind!r}")
-    read = _quantized_linear if kind == "QuantizedLinear" else _weight_only
+    readers = {"QuantizedLinear": _quantized_linear, "WeightOnly": _weight_only}
+    readers |= dict.fromkeys(("QuantizedLSTM", "QuantizedGRU"), _recurrent)
+    check(kind in readers, f"there is no layer of kind {kind!r}")
     try:
-        return read(path, old, settings, t, check)
+        return readers[str(kind)](path, old, settings, t, check)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptCheckpointError(f"layer '{path}': its settings cannot be read: {error}") from error
 
@@ -74,13 +76,38 @@ def _bits(check: Check, bits: Any) -> int:
 def _quantized_linear(
     path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check
 ) -> QuantizedLinear:
+    new = _linear(settings, t, check)
+    if kind_of_layer(old) != "Linear":
+        raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
+    # A shift makes a bias of its own.
+    _check_sizes(path, old, tuple(new.weight_shape), "bias" in t, any_bias="input_shift" in t)
+    return new
+
+
+def _recurrent(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:
+    form = RECURRENT_FORMS[settings["kind"].removeprefix("Quantized")]
+    wanted = {name: settings[name] for name in SETTINGS}
+    if not isinstance(old, (getattr(nn, form.origin), form)):
+        raise SchemaMismatchError(f"the file has a quantized {form.origin} '{path}', the model {type(old).__name__}")
+    had = {name: getattr(old, name) for name in SETTINGS}
+    if wanted != had:
+        raise SchemaMismatchError(f"layer '{path}' is {wanted} in the file, {had} in the model")
+    parts = {}
+    for name in part_names(old):
+        own = {key.removeprefix(f"{name}."): tensor for key, tensor in t.items() if key.startswith(f"{name}.")}
+        part = _linear(settings["parts"][name], own, Check(f"{path}.{name}".lstrip(".")))
+        check(tuple(part.weight_shape) == part_sizes(old, name, form.gates), f"{name} has the wrong size")
+        check((part.bias is not None) == (wanted["bias"] and not name.startswith("hr")), f"{name} has the wrong bias")
+        check(part.input_inverse is None, f"{name} has input scales, which recurrent layers do not")
+        parts[name] = part
+    return form(old, parts)
+
+
+def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> QuantizedLinear:
     k, n, bits = settings["in_features"], settings["out_features"], _bits(check, settings["bits"])
     activations, size = activations_from_dict(settings["activations"]), settings["group_size"]
     check(type(size) is int and size >= 0 and size % GROUP_STEP == 0, f"group_size must be a multiple of {GROUP_STEP}")
     check(type(k) is int and type(n) is int and k > 0 and n > 0, "sizes must be whole numbers")
-    if kind_of_layer(old) != "Linear":
-        raise SchemaMismatchError(f"the file has a quantized linear '{path}', the model {type(old).__name__}")
-    _check_sizes(path, old, (n, k), "bias" in t, any_bias="input_shift" in t)  # a shift makes a bias of its own
     check({"packed", "scale"} <= set(t), "packed and scale must be there")
     packed, scale, bias, index = t["packed"], t["scale"], t.get("bias"), t.get("tail_index")
     check.floats("scale", scale, (-(-k // size), n) if size else (n,), positive=True)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ocsquant.config import check_type
 from ocsquant.errors import ArgumentError
-from ocsquant.nn import Quantized
+from ocsquant.nn import Quantized, quantized_modules
 
 ATTRIBUTE = "_ocsquant_layers"
 
@@ -112,7 +112,10 @@ def report(model: nn.Module) -> Report:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     layers: tuple[Layer, ...] | None = model.__dict__.get(ATTRIBUTE)
     if layers is None:
-        layers = tuple(found(path, m) for path, m in model.named_modules() if isinstance(m, Quantized))
+        first: dict[int, tuple[str, Quantized]] = {}
+        for path, module in quantized_modules(model):
+            first.setdefault(id(module), (path, module))
+        layers = tuple(found(*entry) for entry in first.values())
     if not layers:
         raise ArgumentError("model", "a model that ocsquant.quantize or ocsquant.load made", type(model).__name__)
     after = model_bytes(model)
@@ -126,9 +129,7 @@ def report(model: nn.Module) -> Report:
 def found(path: str, module: Quantized) -> Layer:
     """A quantized layer met without the record of how it was made."""
     after = sum(b.numel() * b.element_size() for b in module.buffers())
-    bias = module._buffers.get("bias")
-    before = 4 * (module.weight_shape.numel() + (0 if bias is None else bias.numel()))
-    split = module.split_channels
+    before, split = module.float_bytes, module.split_channels
     return Layer(path, module.origin, module.bits, module.activation_bits, split, before, after, kernel=module.kernel)
 
 

@@ -158,6 +158,20 @@ def kurtosis_gradient(y: Tensor) -> Tensor:
     return torch.where(k == 0, torch.zeros_like(gradient), gradient)
 
 
+def lstm_step(x: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """Output and cell state in float64, from what the input and the last output add to the gates [batch, 4 hidden]."""
+    i, f, g, o = (x.double() + r.double()).chunk(4, 1)
+    c = f.sigmoid() * c.double() + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(x: Tensor, r: Tensor, h: Tensor) -> Tensor:
+    """The next output in float64; gates [batch, 3 hidden]."""
+    (xr, xz, xn), (rr, rz, rn) = x.double().chunk(3, 1), r.double().chunk(3, 1)
+    fresh = (xn + (xr + rr).sigmoid() * rn).tanh()
+    return fresh + (xz + rz).sigmoid() * (h.double() - fresh)
+
+
 def scale_folded_linear(
     x: Tensor,
     codes: Tensor,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -47,6 +47,7 @@ def test_the_bits_of_the_reference(bits, kind):
             assert torch.equal(y, reference.quantized_linear(x, codes, scale, bias, extra, at))
 
 
+@settings(deadline=None)
 @given(
     m=st.integers(1, 9),
     n=st.integers(1, 130),

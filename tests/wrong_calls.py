@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from wrong_operator_calls import OPERATOR_CASES, Case, Wrong
 from wrong_qat_calls import QAT_CASES, QAT_TOGETHER
+from wrong_recurrent_calls import RECURRENT_CASES
 
 import ocsquant
 from ocsquant import OCS, Activations, ArgumentTypeError, Recipe, SplitQuant, Weights
@@ -255,5 +256,5 @@ CASES = {
     ),
     "env": Case(ocsquant.env),
 }
-CASES |= OPERATOR_CASES | QAT_CASES
+CASES |= OPERATOR_CASES | RECURRENT_CASES | QAT_CASES
 TOGETHER += QAT_TOGETHER

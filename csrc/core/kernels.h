@@ -136,12 +136,21 @@ struct KurtosisKernels {
   float (*add_gradient)(const float* grad, const float* y, int64_t d, float factor, float target, float* out);
 };
 
+struct RecurrentKernels {
+  // One row. x and r: [4][hidden] input, forget, cell and output gate before their nonlinearity, what the input and
+  // what the last output add to them; c [hidden] becomes the next cell state, y [hidden] is the output.
+  void (*lstm_cell)(const float* x, const float* r, int64_t hidden, float* c, float* y);
+  // One row. x and r: [3][hidden] reset, update and new gate; h [hidden], the last output, becomes the next.
+  void (*gru_cell)(const float* x, const float* r, int64_t hidden, float* h);
+};
+
 struct Kernels {
   const char* isa;
   LinearKernels linear;
   FakeQuantizeSplitKernels fake_quantize_split;
   FakeQuantizeClipKernels fake_quantize_clip;
   KurtosisKernels kurtosis;
+  RecurrentKernels recurrent;
   void (*dequantize_row)(const CodedWeight& w, int64_t row, float* y);  // y[k]
   void (*widen)(const uint16_t* x, int64_t n, float* y);                // bfloat16 to float32
   void (*narrow)(const float* x, int64_t n, uint16_t* y);               // float32 to bfloat16, to nearest even

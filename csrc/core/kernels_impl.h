@@ -7,6 +7,7 @@
 //
 #include "fake_quantize_impl.h"
 #include "kurtosis_impl.h"
+#include "recurrent_impl.h"
 #include "stored_impl.h"
 //
 #include "unpack_impl.h"
@@ -25,6 +26,7 @@ constexpr Kernels kernels(const char* isa) {
           {fake_quantize_split, fake_quantize_split_backward},
           {fake_quantize_clip, fake_quantize_clip_backward},
           {kurtosis, add_kurtosis_gradient},
+          {lstm_cell, gru_cell},
           dequantize_row,
           widen,
           narrow};

@@ -23,6 +23,7 @@ struct Simd {
   static OCSQ_INLINE F add(F a, F b) { return _mm256_add_ps(a, b); }
   static OCSQ_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static OCSQ_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static OCSQ_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static OCSQ_INLINE F rint(F v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static OCSQ_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
   static OCSQ_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
@@ -52,6 +53,9 @@ struct Simd {
     __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
     return _mm_cvtsi128_si32(_mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
+  }
+  static OCSQ_INLINE F power_of_two(F n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
   }
   static OCSQ_INLINE I round_to_int(F v) { return _mm256_cvtps_epi32(v); }
   static OCSQ_INLINE I count_beyond(I count, I code, I limit) {

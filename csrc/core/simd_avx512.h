@@ -36,6 +36,7 @@ struct Simd {
   static OCSQ_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
   static OCSQ_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static OCSQ_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static OCSQ_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static OCSQ_INLINE F rint(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static OCSQ_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
   static OCSQ_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
@@ -64,6 +65,9 @@ struct Simd {
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   static OCSQ_INLINE int32_t reduce_max(I v) { return _mm512_reduce_max_epi32(v); }
+  static OCSQ_INLINE F power_of_two(F n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
+  }
   static OCSQ_INLINE I round_to_int(F v) { return _mm512_cvtps_epi32(v); }
   static OCSQ_INLINE I count_beyond(I count, I code, I limit) {
     const __mmask16 beyond = _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(code), limit);

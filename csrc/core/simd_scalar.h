@@ -20,6 +20,7 @@ struct Simd {
   static F add(F a, F b) { return a + b; }
   static F sub(F a, F b) { return a - b; }
   static F mul(F a, F b) { return a * b; }
+  static F div(F a, F b) { return a / b; }
   static F rint(F v) { return std::nearbyint(v); }
   // The second operand where either is NaN, as the x86 instructions do: clamp(NaN) stays NaN with the value second.
   static F min(F a, F b) { return a < b ? a : b; }
@@ -43,6 +44,8 @@ struct Simd {
   }
   static I max_i(I a, I b) { return a > b ? a : b; }
   static int32_t reduce_max(I v) { return v; }
+  // 2^n of a whole n within -126..127; of NaN anything.
+  static F power_of_two(F n) { return n == n ? std::ldexp(1.0f, static_cast<int>(n)) : 1.0f; }
   static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
   static I count_beyond(I count, I code, I limit) { return count + (code > limit || code < -limit); }
   static int32_t reduce_add(I v) { return v; }

@@ -28,6 +28,19 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
       "float outlier_threshold=4.0, bool symmetric=True, int weight_bits=8, Tensor? zero=None, "
       "Tensor? levels=None) -> Tensor");
+  m.def(
+      "quantized_lstm(Tensor gates, Tensor h, Tensor c, Tensor packed, Tensor scale, Tensor? bias=None, "
+      "Tensor? tail_index=None, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "
+      "int group_size=0, int weight_bits=8, Tensor? zero=None, Tensor? levels=None, Tensor? batch_sizes=None, "
+      "bool reverse=False, Tensor? projection_packed=None, Tensor? projection_scale=None, "
+      "Tensor? projection_tail_index=None, int projection_group_size=0, int projection_weight_bits=8, Tensor? "
+      "projection_zero=None, "
+      "Tensor? projection_levels=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "quantized_gru(Tensor gates, Tensor h, Tensor packed, Tensor scale, Tensor? bias=None, "
+      "Tensor? tail_index=None, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "
+      "int group_size=0, int weight_bits=8, Tensor? zero=None, Tensor? levels=None, Tensor? batch_sizes=None, "
+      "bool reverse=False) -> (Tensor, Tensor)");
   m.def("pack_codes(Tensor codes, int bits) -> Tensor");
   m.def(
       "dequantize_weight(Tensor packed, Tensor scale, int k, int bits, int group_size, Tensor? zero=None, "

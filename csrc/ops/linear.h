@@ -4,13 +4,28 @@
 
 namespace ocsquant {
 
-struct LinearOperands {
-  const Tensor &x, &packed, &scale;
-  const std::optional<Tensor>&bias, &tail_index, &input_inverse, &input_shift;
+struct WeightOperands {
+  const Tensor &packed, &scale;
+  const std::optional<Tensor>&bias, &tail_index;
   const Storage& storage;
 };
 
+// Checked operands, and what keeps their memory alive; k inputs of at most `limit` columns, tail included.
+class LinearWeight {
+ public:
+  LinearWeight(const char* op, const WeightOperands& operands, int64_t k, int64_t limit = kMaxDepth);
+  const PackedWeight& weight() const { return form_.weight; }
+
+ private:
+  PackedForm form_;
+  Tensor packed_, scale_;
+  std::optional<Tensor> bias_, index_;
+};
+
+void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of);
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold);
-Tensor linear(const char* op, const LinearOperands& operands, TokenQuantizer how);
+// y[m][n] in the dtype of x[m][k].
+void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y);
+Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how);
 
 }  // namespace ocsquant

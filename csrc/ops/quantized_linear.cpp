@@ -4,16 +4,17 @@
 #include "linear.h"
 
 namespace ocsquant {
-namespace {
-
-constexpr int64_t kMaxRowBlock = 192;
-// Below this many multiplications (or quantized values) a second thread costs more than it brings.
-constexpr int64_t kSerialProducts = 500'000, kSerialValues = 65'536;
 
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of) {
   check_tensor(op, name, t, dtype, 1);
   OCSQ_CHECK(t.numel() == size, op, ": ", name, " must have ", size, " entries, one per ", of, ", got ", t.numel());
 }
+
+namespace {
+
+constexpr int64_t kMaxRowBlock = 192;
+// Below this many multiplications (or quantized values) a second thread costs more than it brings.
+constexpr int64_t kSerialProducts = 500'000, kSerialValues = 65'536;
 
 void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k) {
   int64_t previous = -1;
@@ -24,7 +25,9 @@ void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k
   }
 }
 
-void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
+}  // namespace
+
+void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
   const LinearKernels& kernels = cpu_kernels().linear;
   const int64_t capacity = kernels.rest_capacity(w.depth(), how.max_outliers), row_bytes = kernels.row_bytes(w.depth());
   const int64_t tiles = (m + kernels.row_tile - 1) / kernels.row_tile;
@@ -65,8 +68,6 @@ void run(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const
   }
 }
 
-}  // namespace
-
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold) {
   OCSQ_CHECK(bits >= 2 && bits <= 8, op, ": activation_bits must be 2..8, got ", bits);
   OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, op, ": max_outliers must be 0..", kMaxOutliers,
@@ -76,54 +77,52 @@ TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outlier
   return {static_cast<int>(bits), static_cast<int>(max_outliers), static_cast<float>(threshold)};
 }
 
-Tensor linear(const char* op, const LinearOperands& t, TokenQuantizer how) {
-  const Tensor& x = t.x;
-  const Float dtype = check_float(op, "x", x);
-  OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+namespace {
+
+PackedForm form_of(const char* op, const WeightOperands& t, int64_t k) {
   check_tensor(op, "packed", t.packed, ScalarType::Byte, 4);
   t.storage.check(op);
   check_tensor(op, "scale", t.scale, ScalarType::Float, t.storage.group_size > 0 ? 2 : 1);
-  const int64_t k = x.size(-1), n = t.scale.size(-1), e = t.tail_index.has_value() ? t.tail_index->numel() : 0;
-  const int64_t limit = how.fixed ? kMaxFixedDepth : kMaxDepth;
-  OCSQ_CHECK(k + e <= limit, op, ": x must have at most ", limit - e, " columns, the limit of exact int32 sums, got ",
-             k);
-  PackedForm form(op, n, k, e, t.storage);
-  PackedWeight& w = form.weight;
+  return PackedForm(op, t.scale.size(-1), k, t.tail_index.has_value() ? t.tail_index->numel() : 0, t.storage);
+}
+
+}  // namespace
+
+LinearWeight::LinearWeight(const char* op, const WeightOperands& t, int64_t k, int64_t limit)
+    : form_(form_of(op, t, k)), packed_(dense(t.packed)), scale_(dense(t.scale)) {
+  PackedWeight& w = form_.weight;
+  OCSQ_CHECK(k + w.tail <= limit, op, ": x must have at most ", limit - w.tail,
+             " columns, the limit of exact int32 sums, got ", k);
   OCSQ_CHECK(w.group_channels == 0 || t.scale.size(0) == w.scale_groups(), op, ": scale must be [", w.scale_groups(),
              ", outputs] for ", k, " columns of x in groups of ", w.group_channels, ", got ", t.scale.size(0),
              " groups");
-  form.check_sizes(op, t.packed);
-  const Tensor dense_x = dense(x), dense_packed = dense(t.packed), dense_scale = dense(t.scale);
-  std::optional<Tensor> dense_bias, dense_index, dense_inverse, dense_shift;
+  form_.check_sizes(op, t.packed);
   if (t.bias.has_value()) {
-    check_vector(op, "bias", *t.bias, ScalarType::Float, n, "output");
-    dense_bias = dense(*t.bias);
-    w.bias = dense_bias->const_data_ptr<float>();
+    check_vector(op, "bias", *t.bias, ScalarType::Float, w.n, "output");
+    bias_ = dense(*t.bias);
+    w.bias = bias_->const_data_ptr<float>();
   }
   if (t.tail_index.has_value()) {
-    check_vector(op, "tail_index", *t.tail_index, ScalarType::Int, e, "tail column");
-    dense_index = dense(*t.tail_index);
-    w.tail_index = dense_index->const_data_ptr<int32_t>();
-    check_tail_index(op, w.tail_index, e, k);
+    check_vector(op, "tail_index", *t.tail_index, ScalarType::Int, w.tail, "tail column");
+    index_ = dense(*t.tail_index);
+    w.tail_index = index_->const_data_ptr<int32_t>();
+    check_tail_index(op, w.tail_index, w.tail, k);
   }
-  if (t.input_inverse.has_value()) {
-    check_vector(op, "input_inverse", *t.input_inverse, ScalarType::Float, k, "input");
-    dense_inverse = dense(*t.input_inverse);
-    how.inverse = dense_inverse->const_data_ptr<float>();
-  }
-  if (t.input_shift.has_value()) {
-    check_vector(op, "input_shift", *t.input_shift, ScalarType::Float, k, "input");
-    dense_shift = dense(*t.input_shift);
-    how.shift = dense_shift->const_data_ptr<float>();
-  }
-  w.packed = dense_packed.const_data_ptr<uint8_t>();
-  w.scale = dense_scale.const_data_ptr<float>();
+  w.packed = packed_.const_data_ptr<uint8_t>();
+  w.scale = scale_.const_data_ptr<float>();
+}
+
+Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how) {
+  const Float dtype = check_float(op, "x", x);
+  OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  const LinearWeight weight(op, operands, x.size(-1), how.fixed ? kMaxFixedDepth : kMaxDepth);
+  const int64_t n = weight.weight().n;
   std::vector<int64_t> sizes = sizes_of(x);
   sizes.back() = n;
   Tensor y = empty_cpu(sizes, x.scalar_type());
   int64_t m = 1;
   for (size_t d = 0; d + 1 < sizes.size(); ++d) m *= sizes[d];
-  if (m > 0 && n > 0) run(dense_x.const_data_ptr(), dtype, m, how, w, y.mutable_data_ptr());
+  if (m > 0 && n > 0) run_linear(dense(x).const_data_ptr(), dtype, m, how, weight.weight(), y.mutable_data_ptr());
   return y;
 }
 
@@ -135,7 +134,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "quantized_linear";
   const Storage storage = {weight_bits, zero, levels, group_size};
-  return linear(kOp, {x, packed, scale, bias, tail_index, std::nullopt, std::nullopt, storage},
+  return linear(kOp, x, {packed, scale, bias, tail_index, storage},
                 check_quantizer(kOp, bits, max_outliers, threshold));
 }
 

@@ -4,6 +4,13 @@
 namespace ocsquant {
 namespace {
 
+Tensor channels(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  check_float(op, "x", x);
+  OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
+  check_vector(op, name, t, ScalarType::Float, x.size(-1), "column of x");
+  return dense(t);
+}
+
 Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& input_inverse,
                            const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& tail_index, int64_t bits, bool dynamic, int64_t max_outliers,
@@ -15,9 +22,14 @@ Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& 
   how.symmetric = symmetric;
   OCSQ_CHECK(symmetric || (!dynamic && max_outliers == 0), kOp,
              ": symmetric must be True where dynamic is True or max_outliers is above 0");
-  const std::optional<Tensor> inverse = input_inverse;
-  return linear(kOp, {x, packed, scale, bias, tail_index, inverse, input_shift, Storage{weight_bits, zero, levels}},
-                how);
+  const Tensor inverse = channels(kOp, "input_inverse", input_inverse, x);
+  how.inverse = inverse.const_data_ptr<float>();
+  std::optional<Tensor> shift;
+  if (input_shift.has_value()) {
+    shift = channels(kOp, "input_shift", *input_shift, x);
+    how.shift = shift->const_data_ptr<float>();
+  }
+  return linear(kOp, x, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, how);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {

@@ -2,20 +2,26 @@
 
 from ocsquant.nn.attention import QuantizedMultiheadAttention
 from ocsquant.nn.linear import QuantizedLinear
-from ocsquant.nn.quantized import Quantized
+from ocsquant.nn.quantized import Quantized, quantized_modules
+from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
 from ocsquant.nn.simulated import FakeQuantizeInput
 from ocsquant.nn.split import SplitConv, SplitLinear
 from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
 
 __all__ = [
     "FORMS",
+    "RECURRENT_FORMS",
     "FakeQuantizeInput",
     "Quantized",
+    "QuantizedGRU",
+    "QuantizedLSTM",
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
+    "QuantizedRecurrent",
     "SplitConv",
     "SplitLinear",
     "StoredWeight",
     "WeightOnly",
     "form_of",
+    "quantized_modules",
 ]

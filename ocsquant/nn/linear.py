@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ocsquant import ops
 from ocsquant.config import Activations
@@ -15,6 +15,8 @@ from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.quantized import Quantized
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class QuantizedLinear(Quantized):
@@ -71,16 +73,20 @@ class QuantizedLinear(Quantized):
     def from_weight(
         cls,
         weight: QuantizedWeight,
-        layer: nn.Linear,
+        bias: Tensor | None,
         activations: Activations,
         transform: InputTransform | ClippedInput | None = None,
+        unfolded: Tensor | None = None,
     ) -> QuantizedLinear:
-        """From a `QuantizedWeight` of the layer's weight, folded with `transform`."""
-        bias: Tensor | None = None if layer.bias is None else layer.bias.detach()
+        """From a `QuantizedWeight` of a layer's weight, folded with `transform` if it was (then `unfolded` is the float
+        one) and its bias.
+        """
+        bias = None if bias is None else bias.detach()
         groups = weight.scale.shape[1]
         scale, inverse, shift = weight.scale.T if groups > 1 else weight.scale[:, 0], None, None
         if transform is not None:
-            scale, bias, inverse, shift = transform.operands(weight, layer.weight.detach(), bias)
+            assert unfolded is not None
+            scale, bias, inverse, shift = transform.operands(weight, unfolded.detach(), bias)
         base, tail, tail_index = weight.base_and_tail()
         split = tail_index.numel() > 0
         weight_bits, zero, levels = weight.storage()
@@ -106,7 +112,7 @@ class QuantizedLinear(Quantized):
         if input.shape[-1:] != (self.in_features,):
             raise ArgumentError("input", f"[..., {self.in_features}]", list(input.shape))
         if input.dtype not in (torch.float32, torch.bfloat16):
-            if input.dtype not in (torch.float16, torch.float64):
+            if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
             return self.forward(input.float()).to(input.dtype)
         # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.

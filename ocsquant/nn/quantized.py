@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +23,18 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return moved.view(t.dtype)
 
     return apply
+
+
+def quantized_modules(model: nn.Module) -> Iterator[tuple[str, Quantized]]:
+    """Path and module of every quantized layer, under each of its names, without the parts it is made of."""
+    inside = None
+    for path, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and path.startswith(inside):
+            continue
+        inside = None
+        if isinstance(module, Quantized):
+            inside = f"{path}." if path else ""
+            yield path, module
 
 
 class Quantized(nn.Module):
@@ -52,6 +64,12 @@ class Quantized(nn.Module):
         """Input columns that have a tail column."""
         index = self._buffers["tail_index"]
         return 0 if index is None else index.numel()
+
+    @property
+    def float_bytes(self) -> int:
+        """Of the weight and bias in float32."""
+        bias = self._buffers.get("bias")
+        return 4 * (self.weight_shape.numel() + (0 if bias is None else bias.numel()))
 
     def settings(self) -> dict[str, Any]:
         """What a file needs beside the buffers to rebuild this module."""

@@ -7,6 +7,7 @@ from ocsquant.ops.fake_quantize import fake_quantize_clip, fake_quantize_split
 from ocsquant.ops.kurtosis import kurtosis
 from ocsquant.ops.library import cpu_isa
 from ocsquant.ops.linear import quantized_linear, scale_folded_linear
+from ocsquant.ops.recurrent import quantized_gru, quantized_lstm
 from ocsquant.ops.weights import dequantize_packed, dequantize_weight, pack_codes, pack_weight, unpack_weight
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "kurtosis",
     "pack_codes",
     "pack_weight",
+    "quantized_gru",
     "quantized_linear",
+    "quantized_lstm",
     "scale_folded_linear",
     "unpack_weight",
 ]

@@ -56,10 +56,9 @@ def quantized_linear(
     """
     op = _quantized_linear_train if wants_gradient(x) else _quantized_linear
     # Every argument costs the dispatcher a tenth of a microsecond, defaults do not.
-    stored = () if weight_bits == 8 and zero is None and levels is None else (weight_bits, zero, levels)
-    return op(
-        x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size, *stored
-    )
+    plain = type(weight_bits) is int and weight_bits == 8 and zero is None and levels is None
+    stored = () if plain else (weight_bits, zero, levels)
+    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size, *stored)
 
 
 def scale_folded_linear(

@@ -92,6 +92,7 @@ int run(int64_t every) {
     test_dequantize(level);
     test_conversions(level);
   }
+  test_recurrent(levels);
   test_linear(levels, every);
 
   levels.push_back(general);
