@@ -8,6 +8,7 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from ocsquant.nn import (
     RECURRENT_FORMS,
     FakeQuantizeInput,
     Quantized,
+    QuantizedConv,
     QuantizedLinear,
     QuantizedMultiheadAttention,
     SplitConv,
@@ -38,6 +40,7 @@ from ocsquant.nn import (
     StoredWeight,
     form_of,
 )
+from ocsquant.nn.convolution import product_columns
 from ocsquant.nn.recurrent import part_names
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
@@ -125,6 +128,14 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
             parts[name] = QuantizedLinear.from_weight(weights[f"weight_{name}"], bias, activations)
         return RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"](module, parts)
     weight = weights["weight"]
+    if target.kind == "conv" and activations is not None:
+        conv: Any = module
+        ordered = dataclasses.replace(
+            weight,
+            codes=product_columns(weight.codes, conv.weight.shape),
+            ranges=product_columns(weight.ranges[None], torch.Size((1, *conv.weight.shape[1:])))[0],
+        )
+        return QuantizedConv(conv, QuantizedLinear.from_weight(ordered, conv.bias, activations))
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]

@@ -24,6 +24,7 @@ from ocsquant.nn import Quantized, QuantizedMultiheadAttention, form_of
 from ocsquant.nn.attention import unsupported
 from ocsquant.nn.recurrent import RECURRENT_FORMS, part_names, part_sizes
 
+POINTWISE_IN = 256  # channels of a convolution whose kernel is one element
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 EXCLUDED = "excluded by filter_fn"
@@ -40,6 +41,14 @@ def pays(out_features: int, in_features: int) -> bool:
     """
     wide_enough = SMALLEST_OUT if in_features >= NARROW_IN else WIDE_OUT
     return in_features >= SMALLEST_IN and out_features >= wide_enough
+
+
+def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
+    if module.kernel_size.count(1) == len(module.kernel_size):
+        last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
+        return last and module.in_channels >= POINTWISE_IN and module.out_channels >= SMALLEST_IN
+    return module.in_channels >= SMALLEST_IN and module.out_channels >= WIDE_OUT
 
 
 @dataclass
@@ -322,17 +331,24 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
     """Why there is no integer kernel for this layer, or why it would not pay."""
     if recipe.activations is None or kind == "embedding":
         return _storage_problem(module, recipe, named)
-    if kind == "conv":
+    if kind == "conv" and (not isinstance(module, (nn.Conv1d, nn.Conv2d)) or module.groups > 1):
+        what = "grouped convolutions" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else type(module).__name__
         return (
-            f"no integer kernel for {type(module).__name__} yet: use activations=None to store its weight in fewer "
-            f"bits, or simulate=True for its accuracy"
+            f"no integer kernel for {what} yet: use activations=None to store its weight in fewer bits, or "
+            f"simulate=True for its accuracy"
         )
-    if kind == "recurrent" and recipe.activations.needs_calibration:
+    if kind in ("recurrent", "conv") and recipe.activations.needs_calibration:
         return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
     if isinstance(module, nn.Linear):
         sizes = [(module.out_features, module.in_features)]
         if not named and not pays(*sizes[0]):
             return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        sizes = [(module.out_channels, module.weight[0].numel())]
+        if not named and not convolution_pays(module):
+            return f"too small to gain: {module.out_channels} outputs of {module.in_channels} channels"
+        if recipe.weights.granularity == "group" and recipe.weights.group_size < sizes[0][1]:
+            return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
     else:
         assert isinstance(module, nn.RNNBase)
         gates = RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"].gates

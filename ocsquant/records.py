@@ -11,7 +11,17 @@ from ocsquant import ops
 from ocsquant.config import activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import WIDTHS, packed_shape
-from ocsquant.nn import FORMS, RECURRENT_FORMS, Quantized, QuantizedLinear, StoredWeight, WeightOnly, form_of
+from ocsquant.nn import (
+    FORMS,
+    RECURRENT_FORMS,
+    Quantized,
+    QuantizedConv,
+    QuantizedLinear,
+    StoredWeight,
+    WeightOnly,
+    form_of,
+)
+from ocsquant.nn.convolution import SETTINGS as CONVOLUTION_SETTINGS
 from ocsquant.nn.recurrent import SETTINGS, part_names, part_sizes
 from ocsquant.planning import GROUP_STEP
 
@@ -53,7 +63,7 @@ def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
     check = Check(path)
     kind = settings.get("kind")
     readers = {"QuantizedLinear": _quantized_linear, "WeightOnly": _weight_only}
-    readers |= dict.fromkeys(("QuantizedLSTM", "QuantizedGRU"), _recurrent)
+    readers |= dict.fromkeys(("QuantizedLSTM", "QuantizedGRU"), _recurrent) | {"QuantizedConv": _convolution}
     check(kind in readers, f"there is no layer of kind {kind!r}")
     try:
         return readers[str(kind)](path, old, settings, t, check)
@@ -101,6 +111,22 @@ def _recurrent(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
         check(part.input_inverse is None, f"{name} has input scales, which recurrent layers do not")
         parts[name] = part
     return form(old, parts)
+
+
+def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:
+    wanted = {n: tuple(v) if isinstance(v := settings[n], list) else v for n in CONVOLUTION_SETTINGS}
+    if kind_of_layer(old) != settings["origin"] or settings["origin"] not in ("Conv1d", "Conv2d"):
+        raise SchemaMismatchError(f"the file has a quantized {settings['origin']} '{path}', the model {old}")
+    had = {name: getattr(old, name) for name in CONVOLUTION_SETTINGS}
+    if wanted != had:
+        raise SchemaMismatchError(f"layer '{path}' is {wanted} in the file, {had} in the model")
+    own = {key.removeprefix("product."): tensor for key, tensor in t.items()}
+    product = _linear(settings["parts"]["product"], own, check)
+    new = QuantizedConv(old, product)
+    check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
+    check(product.input_inverse is None and product.group_size == 0, "it has input scales or groups")
+    _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None)
+    return new
 
 
 def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> QuantizedLinear:

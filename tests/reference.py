@@ -43,6 +43,52 @@ def quantize_token(x: Tensor, bits: int = 8, max_outliers: int = 16, threshold: 
     return codes, step if step >= 2.0**-120 else 0.0
 
 
+def quantize_plane(x: Tensor, bits: int = 8, max_outliers: int = 16, threshold: float = 4.0) -> tuple[Tensor, float]:
+    """Codes int64 and step of one sample [channels, height, width], its values in the order of memory."""
+    values = (x if x.is_contiguous() else x.permute(1, 2, 0)).flatten()
+    limit, absmax = 2 ** (bits - 1) - 1, float(x.abs().max())
+    _, step = quantize_token(values, bits, values.numel() if max_outliers else 0, threshold)
+    if not math.isfinite(step):
+        return torch.zeros(x.shape, dtype=torch.int64), step
+    step = max(step, fp32(absmax / 32512.0)) if max_outliers else step
+
+    def codes(step: float) -> Tensor:
+        flat = torch.tensor(_codes(x.flatten().tolist(), step), dtype=torch.int64)
+        return flat.reshape(x.shape)
+
+    made = codes(step)
+    if max_outliers and int((made.abs() > limit).sum()) > max_outliers * x[0].numel():
+        step = fp32(absmax / limit)
+        made = codes(step)
+    return made, step
+
+
+def quantized_conv2d(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    bits: int = 8,
+    max_outliers: int = 16,
+    threshold: float = 4.0,
+) -> Tensor:
+    """x [samples, channels, height, width], codes int8 [n, channels, kernel_h, kernel_w]; sums exact in float64."""
+    if codes[0, 0].numel() == 1 and padding == (0, 0):
+        pixels = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
+        y = quantized_linear(pixels, codes[:, :, 0, 0], scale, bias, None, None, bits, max_outliers, threshold)
+        return y.permute(0, 3, 1, 2)
+    rows = []
+    for sample in x:
+        q, step = quantize_plane(sample, bits, max_outliers, threshold)
+        total = torch.nn.functional.conv2d(q.double()[None], codes.double(), None, stride, padding, dilation)[0]
+        rows.append(total.float() * (torch.tensor(step, dtype=torch.float32) * scale)[:, None, None])
+    y = torch.stack(rows)
+    return y if bias is None else y + bias[:, None, None]
+
+
 def _codes(values: list[float], step: float) -> list[int]:
     if step < 2.0**-120:
         return [0] * len(values)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from wrong_convolution_calls import CONVOLUTION_CASES
 from wrong_operator_calls import OPERATOR_CASES, Case, Wrong
 from wrong_qat_calls import QAT_CASES, QAT_TOGETHER
 from wrong_recurrent_calls import RECURRENT_CASES
@@ -256,5 +257,5 @@ CASES = {
     ),
     "env": Case(ocsquant.env),
 }
-CASES |= OPERATOR_CASES | RECURRENT_CASES | QAT_CASES
+CASES |= OPERATOR_CASES | CONVOLUTION_CASES | RECURRENT_CASES | QAT_CASES
 TOGETHER += QAT_TOGETHER

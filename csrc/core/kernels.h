@@ -5,6 +5,7 @@
 
 #include "clip_grid.h"
 #include "codes.h"
+#include "patches.h"
 
 namespace ocsquant {
 
@@ -108,6 +109,20 @@ struct LinearKernels {
                           int64_t last, int64_t panel, uint8_t* scratch);
 };
 
+struct ConvolutionKernels {
+  // A sample to codes, channels last (and zeros to whole blocks of 64); returns the step. Scratch holds kPlanePixels
+  // pixels where the values lie channels first.
+  float (*quantize_plane)(const float* x, int64_t channels, int64_t pixels, bool channels_first,
+                          const TokenQuantizer& how, float* scratch, int16_t* codes);
+  // to[c][r] = from[r][c], rows of each `pitch` apart.
+  void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
+  // The most codes beyond a byte that any pixel has.
+  int64_t (*largest_outliers)(const int16_t* plane, int64_t channels, int64_t pixels);
+  // Patches from `row` on, counted over all samples, become rows 0..rows of a; scratch as for quantize().
+  void (*place_patches)(const int16_t* planes, const float* step, const PatchShape& shape, int64_t row,
+                        const PackedWeight& w, const Activations& a, int64_t rows, void* scratch);
+};
+
 struct FakeQuantizeSplitKernels {
   // y = clamp(rint(x / scale), -limit_j, limit_j) * scale over one row; limit_j = n_j (2^(bits-1) - 1).
   void (*forward)(const float* x, const float* limit, float scale, int64_t k, float* y);
@@ -147,6 +162,7 @@ struct RecurrentKernels {
 struct Kernels {
   const char* isa;
   LinearKernels linear;
+  ConvolutionKernels convolution;
   FakeQuantizeSplitKernels fake_quantize_split;
   FakeQuantizeClipKernels fake_quantize_clip;
   KurtosisKernels kurtosis;
@@ -163,10 +179,19 @@ extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
 #endif
 
+// Codes of a row up to whole spans, and how far the rows of a tile are apart before they are placed.
+inline int64_t padded_depth(const PackedWeight& w) {
+  constexpr int64_t kChannels = kSpan * kGroup;
+  return (w.depth() + kChannels - 1) / kChannels * kChannels;
+}
+inline int64_t code_pitch(const PackedWeight& w) {
+  return (w.k + 63) / 64 * 64 + padded_depth(w) - w.base_groups() * kGroup;
+}
+
 // Bytes that quantize() needs beside its output.
 inline int64_t quantize_scratch_bytes(const PackedWeight& w, int64_t row_tile) {
-  const int64_t padded = (w.k + 63) / 64 * 64;
-  return row_tile * (padded + w.depth() + 64) * static_cast<int64_t>(sizeof(int16_t)) + padded * sizeof(float) + 64;
+  const int64_t codes = (row_tile * code_pitch(w) + 31) / 32 * 32;
+  return codes * static_cast<int64_t>(sizeof(int16_t)) + (w.k + 63) / 64 * 64 * static_cast<int64_t>(sizeof(float));
 }
 
 // The best table this CPU runs, or the level named by OCSQUANT_ISA. Null when that name is unknown or the CPU lacks it;

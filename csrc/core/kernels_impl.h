@@ -15,6 +15,7 @@
 #include "linear_impl.h"
 //
 #include "grouped_impl.h"
+#include "patches_impl.h"
 
 namespace ocsquant {
 namespace {
@@ -23,6 +24,7 @@ template <class Tile>
 constexpr Kernels kernels(const char* isa) {
   return {isa,
           linear_kernels<Tile>(),
+          convolution_kernels<Tile>(),
           {fake_quantize_split, fake_quantize_split_backward},
           {fake_quantize_clip, fake_quantize_clip_backward},
           {kurtosis, add_kurtosis_gradient},

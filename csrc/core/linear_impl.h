@@ -47,31 +47,19 @@ inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sum
   }
 }
 
-template <class Tile>
-void quantize(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
-              int64_t first, int64_t last, void* scratch) {
+// Rows [first, last) of codes, which source(row, codes) writes, returning their step, as the Tile wants them; `codes`
+// is room for Tile::kRows of them.
+template <class Tile, class Source>
+OCSQ_INLINE void place_rows(const Source& source, const PackedWeight& w, const Activations& a, int64_t first,
+                            int64_t last, int16_t* codes) {
   const int64_t depth = w.depth(), base = w.base_groups() * kGroup;
   // A row's codes are written in blocks of 64, then the tail over what lies beyond the base, then zeros to whole spans.
-  const int64_t padded = (depth + kSpan * kGroup - 1) / (kSpan * kGroup) * (kSpan * kGroup);
-  const int64_t pitch = (w.k + 63) / 64 * 64 + (padded - base);
-  int16_t* codes = static_cast<int16_t*>(scratch);
-  float* wide = reinterpret_cast<float*>(codes + (Tile::kRows * pitch + 31) / 32 * 32);
+  const int64_t padded = padded_depth(w), pitch = code_pitch(w);
   for (int64_t m = first; m < last; m += Tile::kRows) {
     const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
     for (int i = 0; i < rows; ++i) {
-      const float* row;
-      if (dtype == Float::bf16) {
-        widen(static_cast<const uint16_t*>(x) + (m + i) * w.k, w.k, wide);
-        row = wide;
-      } else {
-        row = static_cast<const float*>(x) + (m + i) * w.k;
-      }
       int16_t* out = codes + i * pitch;
-      if (how.inverse != nullptr) {
-        scale_row(row, how, w.k, wide);
-        row = wide;
-      }
-      a.step[m + i] = how.fixed ? quantize_row_fixed(row, w.k, how, out) : quantize_row(row, w.k, how, out);
+      a.step[m + i] = source(m + i, out);
       for (int64_t e = w.k; e < base; ++e) out[e] = 0;  // where a range does not begin at 0, its end is not the code 0
       for (int64_t e = 0; e < w.tail; ++e) out[base + e] = out[w.tail_index[e]];
       for (int64_t e = base + w.tail; e < padded; ++e) out[e] = 0;
@@ -90,6 +78,36 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
       for (int32_t r = 0; r < count; ++r) sums[rests[r].k / w.group_channels] += rests[r].value;
     }
   }
+}
+
+// Rows out of tokens.
+struct TokenRows {
+  const void* x;
+  Float dtype;
+  const TokenQuantizer& how;
+  int64_t k;
+  float* wide;  // [k]
+
+  OCSQ_INLINE float operator()(int64_t m, int16_t* out) const {
+    const float* row = static_cast<const float*>(x) + m * k;
+    if (dtype == Float::bf16) {
+      widen(static_cast<const uint16_t*>(x) + m * k, k, wide);
+      row = wide;
+    }
+    if (how.inverse != nullptr) {
+      scale_row(row, how, k, wide);
+      row = wide;
+    }
+    return how.fixed ? quantize_row_fixed(row, k, how, out) : quantize_row(row, k, how, out);
+  }
+};
+
+template <class Tile>
+void quantize(const void* x, Float dtype, const TokenQuantizer& how, const PackedWeight& w, const Activations& a,
+              int64_t first, int64_t last, void* scratch) {
+  int16_t* codes = static_cast<int16_t*>(scratch);
+  float* wide = reinterpret_cast<float*>(codes + (Tile::kRows * code_pitch(w) + 31) / 32 * 32);
+  place_rows<Tile>(TokenRows{x, dtype, how, w.k, wide}, w, a, first, last, codes);
 }
 
 // Scale of one panel, or of one group of its channels, and with the last group its bias; padded to 64 columns.

@@ -47,10 +47,12 @@ inline Float check_float(const char* op, const char* name, const Tensor& t) {
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The shim costs less than new_empty(), which goes through the dispatcher.
-inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype) {
+// order: the dimensions from the outermost in memory to the innermost; as they stand where it is empty.
+inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype, const std::vector<int64_t>& order = {}) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
+  for (size_t i = sizes.size(); i-- > 0;) {
+    const size_t d = order.empty() ? i : static_cast<size_t>(order[i]);
     strides[d] = stride;
     stride *= sizes[d] > 0 ? sizes[d] : 1;
   }

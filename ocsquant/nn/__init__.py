@@ -1,6 +1,7 @@
 """The modules that replace a network's own. Plain buffers, no tensor subclass."""
 
 from ocsquant.nn.attention import QuantizedMultiheadAttention
+from ocsquant.nn.convolution import QuantizedConv
 from ocsquant.nn.linear import QuantizedLinear
 from ocsquant.nn.quantized import Quantized, quantized_modules
 from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
@@ -13,6 +14,7 @@ __all__ = [
     "RECURRENT_FORMS",
     "FakeQuantizeInput",
     "Quantized",
+    "QuantizedConv",
     "QuantizedGRU",
     "QuantizedLSTM",
     "QuantizedLinear",

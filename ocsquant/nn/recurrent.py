@@ -285,4 +285,4 @@ def _operands(hh: Any) -> tuple[Any, ...]:
 
 
 def _with_gradient(value: Tensor, smooth: Tensor) -> Tensor:
-    return smooth + (value - smooth).detach()
+    return value + (smooth - smooth.detach())

@@ -3,6 +3,7 @@
 The operators raise RuntimeError for wrong arguments: their checks run in C++, once, on every call.
 """
 
+from ocsquant.ops.convolution import quantized_conv2d
 from ocsquant.ops.fake_quantize import fake_quantize_clip, fake_quantize_split
 from ocsquant.ops.kurtosis import kurtosis
 from ocsquant.ops.library import cpu_isa
@@ -19,6 +20,7 @@ __all__ = [
     "kurtosis",
     "pack_codes",
     "pack_weight",
+    "quantized_conv2d",
     "quantized_gru",
     "quantized_linear",
     "quantized_lstm",

@@ -92,6 +92,7 @@ int run(int64_t every) {
     test_dequantize(level);
     test_conversions(level);
   }
+  test_convolution(levels, every);
   test_recurrent(levels);
   test_linear(levels, every);
 

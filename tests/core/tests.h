@@ -10,6 +10,7 @@ namespace coretest {
 
 // every: run one in so many of the small shapes (and a smaller part of the rest), spread evenly.
 void test_linear(std::vector<Level>& levels, int64_t every);
+void test_convolution(std::vector<Level>& levels, int64_t every);
 void test_recurrent(std::vector<Level>& levels);
 void test_fake_quantize_split(Level& level);
 void test_fake_quantize_clip(Level& level);

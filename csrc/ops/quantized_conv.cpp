@@ -1,0 +1,201 @@
+// A convolution in integers: each sample quantized once, its patches multiplied as rows of a linear, block by block.
+#include <algorithm>
+#include <utility>
+
+#include "linear.h"
+
+namespace ocsquant {
+namespace {
+
+constexpr int64_t kSerialProducts = 500'000;  // below, a second thread costs more than it brings
+constexpr int64_t kBlockBytes = 192 << 10;    // of a block's codes: they should stay in the second cache
+
+int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+  return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+}
+
+void check_pair(const char* name, int64_t h, int64_t w, int64_t least) {
+  OCSQ_CHECK(h >= least && w >= least && h < 1 << 20 && w < 1 << 20, "quantized_conv2d: ", name, "_h and ", name,
+             "_w must be within ", least, "..1048575, got ", h, " and ", w);
+}
+
+// As torch sees it: of sizes of 1 the stride does not matter.
+bool is_channels_last(const Tensor& x) {
+  if (x.is_contiguous()) return false;
+  const int64_t order[] = {1, 3, 2, 0};
+  int64_t stride = 1;
+  for (const int64_t d : order) {
+    if (x.size(d) != 1 && x.stride(d) != stride) return false;
+    stride *= x.size(d);
+  }
+  return true;
+}
+
+// The tensors of a call, what they hold and how.
+struct Convolution {
+  const float* x;
+  float* y;
+  bool channels_last;  // of both
+  int64_t samples;
+  PatchShape shape;
+  const PackedWeight& w;
+  TokenQuantizer how;
+
+  int64_t rows() const { return samples * shape.rows(); }
+};
+
+// Places rows [first, first + count) into `a`.
+using Fill = void (*)(const Convolution& c, const int16_t* planes, const float* step, int64_t first, int64_t count,
+                      const Activations& a, float* pixels, void* scratch);
+
+void fill_patches(const Convolution& c, const int16_t* planes, const float* step, int64_t first, int64_t count,
+                  const Activations& a, float*, void* scratch) {
+  cpu_kernels().convolution.place_patches(planes, step, c.shape, first, c.w, a, count, scratch);
+}
+
+// Kernels of one element: each pixel is a token. Runs of pixels of a line are turned together.
+void fill_pixels(const Convolution& c, const int16_t*, const float*, int64_t first, int64_t count, const Activations& a,
+                 float* pixels, void* scratch) {
+  const PatchShape& s = c.shape;
+  for (int64_t i = 0, run; i < count; i += run) {
+    const int64_t sample = (first + i) / s.rows(), pixel = (first + i) % s.rows();
+    const int64_t line = pixel / s.out_w, column = pixel % s.out_w;
+    const bool all = s.stride_h == 1 && s.stride_w == 1;
+    run = std::min(count - i, all ? s.rows() - pixel : s.stride_w == 1 ? s.out_w - column : 1);
+    const int64_t from = line * s.stride_h * s.width + column * s.stride_w;
+    float* to = pixels + i * s.channels;
+    if (c.channels_last) {
+      std::copy_n(c.x + sample * s.values() + from * s.channels, run * s.channels, to);
+    } else {
+      cpu_kernels().convolution.transpose(c.x + sample * s.values() + from, s.pixels(), s.channels, run, to,
+                                          s.channels);
+    }
+  }
+  cpu_kernels().linear.quantize(pixels, Float::f32, c.how, c.w, a, 0, count, scratch);
+}
+
+// Rows of outputs [count][n] from `first` on, to where y has them.
+void store_rows(const Convolution& c, const float* block, int64_t first, int64_t count) {
+  const int64_t n = c.w.n, pixels = c.shape.rows();
+  for (int64_t i = 0, run; i < count; i += run) {
+    const int64_t sample = (first + i) / pixels, pixel = (first + i) % pixels;
+    run = std::min(count - i, pixels - pixel);
+    float* y = c.y + sample * n * pixels + pixel;
+    cpu_kernels().convolution.transpose(block + i * n, n, run, n, y, pixels);
+  }
+}
+
+void multiply_blocks(const Convolution& c, const int16_t* planes, const float* step, int64_t max_rests, Fill fill) {
+  const LinearKernels& kernels = cpu_kernels().linear;
+  const PackedWeight& w = c.w;
+  const int64_t tile = kernels.row_tile, capacity = kernels.rest_capacity(w.depth(), static_cast<int>(max_rests));
+  const int64_t row_bytes = kernels.row_bytes(w.depth());
+  const int64_t fitting = std::max<int64_t>(tile, kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile * tile);
+  const int64_t block = std::min({kernels.row_block, fitting, (c.rows() + tile - 1) / tile * tile});
+  const int64_t blocks = (c.rows() + block - 1) / block, threads = torch::stable::get_num_threads();
+  const int64_t chunks = c.rows() * w.n * w.k > kSerialProducts ? std::min(threads, blocks) : 1;
+  const int64_t sizes[] = {align64(block * row_bytes),
+                           align64(block * sizeof(float)),
+                           align64(block * capacity * sizeof(Rest)),
+                           align64(block * sizeof(int32_t)),
+                           align64(block * sizeof(int32_t)),
+                           align64(quantize_scratch_bytes(w, tile)),
+                           align64(kUnpackedGroups * kGroupBytes + block * kPanel * sizeof(int32_t)),
+                           align64(fill == fill_pixels ? block * c.shape.channels * sizeof(float) : 0),
+                           align64(c.channels_last ? 0 : block * w.n * sizeof(float))};
+  int64_t each = 0;
+  for (const int64_t size : sizes) each += size;
+  const Buffer buffer(chunks * each);
+  parallel_chunks(blocks, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    uint8_t* part[std::size(sizes)];
+    int64_t at = i * each;
+    for (size_t p = 0; p < std::size(sizes); ++p) part[p] = buffer.at<uint8_t>(std::exchange(at, at + sizes[p]));
+    const Activations a = {part[0],
+                           reinterpret_cast<float*>(part[1]),
+                           reinterpret_cast<Rest*>(part[2]),
+                           reinterpret_cast<int32_t*>(part[3]),
+                           reinterpret_cast<int32_t*>(part[4]),
+                           nullptr,
+                           block,
+                           row_bytes,
+                           capacity};
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block, count = std::min(block, c.rows() - first);
+      fill(c, planes, step, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
+      float* rows = c.channels_last ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
+      for (int64_t panel = 0; panel < w.panels(); ++panel) {
+        kernels.multiply(a, w, rows, Float::f32, 0, count, panel, part[6]);
+      }
+      if (!c.channels_last) store_rows(c, rows, first, count);
+    }
+  });
+}
+
+// Every sample to codes once, then its patches.
+void run_patches(const Convolution& c) {
+  const ConvolutionKernels& kernels = cpu_kernels().convolution;
+  const PatchShape& s = c.shape;
+  const int64_t codes = align64(c.samples * s.plane_codes() * sizeof(int16_t));
+  const int64_t steps = align64(c.samples * sizeof(float));
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t chunks = c.samples * s.values() > kSerialProducts ? std::min(c.samples, threads) : 1;
+  const int64_t turned = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
+  const Buffer buffer(codes + steps + chunks * turned);
+  int16_t* planes = buffer.at<int16_t>(0);
+  float* step = buffer.at<float>(codes);
+  parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    for (int64_t sample = begin; sample < end; ++sample) {
+      step[sample] =
+          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.channels_last, c.how,
+                                 buffer.at<float>(codes + steps + i * turned), planes + sample * s.plane_codes());
+    }
+  });
+  int64_t most = 0;
+  for (int64_t i = 0; i < c.samples && c.how.max_outliers > 0; ++i) {
+    most = std::max(most, kernels.largest_outliers(planes + i * s.plane_codes(), s.channels, s.pixels()));
+  }
+  multiply_blocks(c, planes, step, std::min(most * s.kernel_h * s.kernel_w, s.depth()), fill_patches);
+}
+
+Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& tail_index, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
+                        int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+                        int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
+                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
+  constexpr const char* kOp = "quantized_conv2d";
+  check_tensor(kOp, "x", x, ScalarType::Float, 4);
+  TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
+  check_pair("kernel", kernel_h, kernel_w, 1);
+  check_pair("stride", stride_h, stride_w, 1);
+  check_pair("padding", padding_h, padding_w, 0);
+  check_pair("dilation", dilation_h, dilation_w, 1);
+  const int64_t height = x.size(2), width = x.size(3);
+  const int64_t out_h = out_size(height, kernel_h, stride_h, padding_h, dilation_h);
+  const int64_t out_w = out_size(width, kernel_w, stride_w, padding_w, dilation_w);
+  OCSQ_CHECK(
+      height + 2 * padding_h > dilation_h * (kernel_h - 1) && width + 2 * padding_w > dilation_w * (kernel_w - 1), kOp,
+      ": x must be as large as the kernel with its dilation, got ", height, " x ", width);
+  const PatchShape s = {x.size(1), height,    width,      kernel_h,   kernel_w, stride_h, stride_w,
+                        padding_h, padding_w, dilation_h, dilation_w, out_h,    out_w};
+  const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth());
+  const int64_t n = weight.weight().n, samples = x.size(0);
+  const bool last = is_channels_last(x);
+  const Tensor source = last ? x : dense(x);
+  Tensor y = last ? empty_cpu({samples, n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
+                  : empty_cpu({samples, n, out_h, out_w}, ScalarType::Float);
+  if (samples == 0 || n == 0) return y;
+  if (s.values() * s.depth() > kMaxPlaneProduct) how.max_outliers = 0;
+  const Convolution c = {
+      source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), last, samples, s, weight.weight(), how};
+  if (kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0) {
+    multiply_blocks(c, nullptr, nullptr, how.max_outliers, fill_pixels);
+  } else {
+    run_patches(c);
+  }
+  return y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) { m.impl("quantized_conv2d", TORCH_BOX(&quantized_conv2d)); }
+
+}  // namespace
+}  // namespace ocsquant

@@ -1,0 +1,112 @@
+"""Integer convolutions that quantize their input on the way in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ocsquant.ops.library import check_devices, compiled
+
+_quantized_conv2d = compiled.quantized_conv2d.default
+
+
+def quantized_conv2d(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    kernel_h: int = 1,
+    kernel_w: int = 1,
+    stride_h: int = 1,
+    stride_w: int = 1,
+    padding_h: int = 0,
+    padding_w: int = 0,
+    dilation_h: int = 1,
+    dilation_w: int = 1,
+    activation_bits: int = 8,
+    max_outliers: int = 16,
+    outlier_threshold: float = 4.0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Tensor:
+    """2d convolution (without groups) with integer weights, quantizing each sample of `x` on the way in.
+
+    A sample's step is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1); values beyond keep larger
+    codes, which is exactly what splitting them would give (OCS, arXiv 1901.09504, at run time), unless there are more
+    than max_outliers for each of its pixels: then the step is that of absmax.
+
+    A kernel of one element without padding is a linear layer over pixels: each has a step of its own, as a token of
+    `quantized_linear`.
+
+    Args:
+        x: float32 [samples, channels, height, width], contiguous or channels last in memory (which is faster). Where it
+            lies decides how the step is summed up, and may change its last bit.
+        packed: from `pack_weight`, for n outputs and kernel_h * kernel_w * channels inputs in this order; those plus
+            tail columns at most 131072.
+        scale, bias: float32 [n].
+        tail_index, weight_bits, zero, levels: as in `quantized_linear`.
+        kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w: at least 1.
+        padding_h, padding_w: rows and columns of zeros on each side.
+        activation_bits: 2..8.
+        max_outliers: 0..64; 0 is plain dynamic quantization.
+        outlier_threshold: 2..1e6, in units of the sample's root mean square.
+
+    Returns:
+        float32 [samples, n, out height, out width], in memory as `x`. A sample (a pixel) with NaN or Inf gives NaN.
+    """
+    return _quantized_conv2d(
+        x,
+        packed,
+        scale,
+        bias,
+        tail_index,
+        kernel_h,
+        kernel_w,
+        stride_h,
+        stride_w,
+        padding_h,
+        padding_w,
+        dilation_h,
+        dilation_w,
+        activation_bits,
+        max_outliers,
+        outlier_threshold,
+        weight_bits,
+        zero,
+        levels,
+    )
+
+
+@torch.library.register_fake("ocsquant::quantized_conv2d")
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    tail_index: Tensor | None = None,
+    kernel_h: int = 1,
+    kernel_w: int = 1,
+    stride_h: int = 1,
+    stride_w: int = 1,
+    padding_h: int = 0,
+    padding_w: int = 0,
+    dilation_h: int = 1,
+    dilation_w: int = 1,
+    activation_bits: int = 8,
+    max_outliers: int = 16,
+    outlier_threshold: float = 4.0,
+    weight_bits: int = 8,
+    zero: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Tensor:
+    op = "quantized_conv2d"
+    check_devices(op, x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index, zero=zero, levels=levels)
+    torch._check(x.dim() == 4, lambda: f"{op}: x must have 4 dimensions, got {x.dim()}")
+    samples, _, height, width = x.shape
+    out_h = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
+    out_w = (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
+    y = x.new_empty((samples, scale.shape[0], out_h, out_w))
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return y.to(memory_format=torch.channels_last) if last else y

@@ -1,0 +1,176 @@
+// Planes, patches and their products of every level against the definition, bit for bit, between guard pages.
+#include "core/pack.h"
+#include "tests.h"
+
+namespace coretest {
+namespace {
+
+using ocsquant::PackedWeight;
+using ocsquant::PatchShape;
+
+// One sample, channels first and last, and what its convolution must give.
+struct Picture {
+  PatchShape s;
+  std::vector<float> first, last;  // [channels][pixels], [pixels][channels]
+  ocsquant::TokenQuantizer how;
+
+  explicit Picture(Random& r) {
+    const auto up_to = [&](int64_t n) { return static_cast<int64_t>(1 + r.below(n)); };
+    s = {up_to(40),    up_to(9),     up_to(9), up_to(3), up_to(3), up_to(2), up_to(2),
+         up_to(3) - 1, up_to(3) - 1, up_to(2), up_to(2), 1,        1};
+    s.height = std::max(s.height, s.dilation_h * (s.kernel_h - 1) + 1 - 2 * s.padding_h);
+    s.width = std::max(s.width, s.dilation_w * (s.kernel_w - 1) + 1 - 2 * s.padding_w);
+    s.out_h = (s.height + 2 * s.padding_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
+    s.out_w = (s.width + 2 * s.padding_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
+    static constexpr int kOutliers[] = {0, 1, 16, 64};
+    how = {8, kOutliers[r.below(4)], 2.0f + r.uniform() * 3.0f};
+    first.resize(s.values());
+    last.resize(s.values());
+    const uint64_t kind = r.below(3);
+    for (float& v : first) {
+      v = r.gauss() * (r.below(30) == 0 ? 40.0f : 1.0f);
+      if (kind == 0) v = std::max(v, 0.0f);
+      if (kind == 1 && r.below(500) == 0) v = float_of(0x7f800000);
+    }
+    for (int64_t c = 0; c < s.channels; ++c) {
+      for (int64_t p = 0; p < s.pixels(); ++p) last[p * s.channels + c] = first[c * s.pixels() + p];
+    }
+  }
+};
+
+// y[row][n] of the codes of a plane.
+std::vector<float> convolve(const Picture& picture, const int16_t* plane, float step, const Weight& w) {
+  const PatchShape& s = picture.s;
+  std::vector<float> y(s.rows() * w.n);
+  for (int64_t row = 0; row < s.rows(); ++row) {
+    for (int64_t j = 0; j < w.n; ++j) {
+      int64_t sum = 0, at = 0;
+      for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+        for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+          const int64_t iy = row / s.out_w * s.stride_h - s.padding_h + ky * s.dilation_h;
+          const int64_t ix = row % s.out_w * s.stride_w - s.padding_w + kx * s.dilation_w;
+          const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
+          for (int64_t c = 0; c < s.channels; ++c, ++at) {
+            const int64_t code = inside ? plane[(iy * s.width + ix) * s.channels + c] : 0;
+            sum += code * w.codes[j * w.k + at];
+          }
+        }
+      }
+      y[row * w.n + j] = static_cast<float>(sum) * (step * w.scale[j]);
+    }
+  }
+  return y;
+}
+
+class Rig {
+ public:
+  void run(Level& level, const Picture& picture, const Weight& weight, Side side, int64_t seed) {
+    const PatchShape& s = picture.s;
+    Case c(level, "convolution %ld: %ld channels %ld x %ld, kernel %ld x %ld, outliers %d, weights of %d bits",
+           long(seed), long(s.channels), long(s.height), long(s.width), long(s.kernel_h), long(s.kernel_w),
+           picture.how.max_outliers, weight.bits);
+    const auto& kernels = level.kernels->convolution;
+    float steps[2];
+    int16_t* planes[2];
+    for (const bool last : {false, true}) {
+      const float* x = x_arena_.copy((last ? picture.last : picture.first).data(), s.values(), side);
+      float* scratch = scratch_arena_.place<float>(ocsquant::kPlanePixels * s.channels, side);
+      planes[last] = plane_arena_[last].place<int16_t>(s.plane_codes(), side);
+      steps[last] = kernels.quantize_plane(x, s.channels, s.pixels(), !last, picture.how, scratch, planes[last]);
+      c.check(scratch_arena_.intact() && plane_arena_[last].intact(), "bytes beside an operand were written");
+    }
+    // The order of the values may change the last bit of the step, and with it codes; where it does not, nothing else
+    // may.
+    if (same(steps[0], steps[1])) {
+      const bool equal = std::equal(planes[0], planes[0] + s.values(), planes[1]);
+      c.check(equal, "the codes of the two layouts differ");
+    }
+    multiply(level, c, picture, planes[1], steps[1], weight, side);
+  }
+
+ private:
+  void multiply(Level& level, Case& c, const Picture& picture, const int16_t* plane, float step, const Weight& weight,
+                Side side) {
+    const PatchShape& s = picture.s;
+    const auto& linear = level.kernels->linear;
+    PackedWeight w = {nullptr, weight.n, weight.k, 0, nullptr, weight.scale.data(), nullptr, 0, weight.bits};
+    if (!weight.zero.empty()) w.zero = weight.zero.data();
+    if (!weight.levels.empty()) w.levels = weight.levels.data();
+    uint8_t* packed = packed_arena_.place<uint8_t>(w.panels() * w.panel_bytes(), side);
+    ocsquant::pack_panels(weight.codes.data(), nullptr, w, packed);
+    w.packed = packed;
+    const int64_t most = level.kernels->convolution.largest_outliers(plane, s.channels, s.pixels());
+    const int64_t rests = std::min(most * s.kernel_h * s.kernel_w, s.depth()), rows = s.rows();
+    const int64_t row_bytes = linear.row_bytes(w.depth());
+    const int64_t capacity = linear.rest_capacity(w.depth(), static_cast<int>(rests));
+    const ocsquant::Activations a = {codes_arena_.place<uint8_t>(rows * row_bytes, side),
+                                     step_arena_.place<float>(rows, side),
+                                     rest_arena_.place<ocsquant::Rest>(rows * capacity, side),
+                                     count_arena_.place<int32_t>(rows, side),
+                                     offset_arena_.place<int32_t>(rows, side),
+                                     nullptr,
+                                     rows,
+                                     row_bytes,
+                                     capacity};
+    void* scratch = rows_arena_.place<uint8_t>(ocsquant::quantize_scratch_bytes(w, linear.row_tile), side);
+    level.kernels->convolution.place_patches(plane, &step, s, 0, w, a, rows, scratch);
+    float* y = y_arena_.place<float>(rows * w.n, side);
+    const int64_t sums = ocsquant::kUnpackedGroups * ocsquant::kGroupBytes;
+    for (int64_t first = 0; first < rows; first += linear.row_block) {
+      const int64_t bytes = linear.row_block * ocsquant::kPanel * static_cast<int64_t>(sizeof(int32_t));
+      uint8_t* room = sums_arena_.place<uint8_t>(sums + bytes, side);
+      for (int64_t panel = 0; panel < w.panels(); ++panel) {
+        linear.multiply(a, w, y, ocsquant::Float::f32, first, std::min(rows, first + linear.row_block), panel, room);
+      }
+    }
+    const std::vector<float> want = convolve(picture, plane, step, weight);
+    for (size_t i = 0; i < want.size(); ++i) {
+      if (same(y[i], want[i])) continue;
+      c.check(false, "y[%ld] is %a, not %a", long(i), double(y[i]), double(want[i]));
+      break;
+    }
+    for (const Arena* arena : {&codes_arena_, &step_arena_, &rest_arena_, &count_arena_, &offset_arena_, &y_arena_,
+                               &rows_arena_, &sums_arena_}) {
+      c.check(arena->intact(), "bytes beside an operand were written");
+    }
+  }
+
+  Arena x_arena_, scratch_arena_, plane_arena_[2], packed_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_,
+      offset_arena_, rows_arena_, y_arena_, sums_arena_;
+};
+
+void check_transpose(Level& level, Random& r, Side side) {
+  const int64_t rows = static_cast<int64_t>(1 + r.below(40)), columns = static_cast<int64_t>(1 + r.below(40));
+  Case c(level, "transpose %ld x %ld", long(rows), long(columns));
+  Arena from_arena, to_arena;
+  std::vector<float> values(rows * columns);
+  for (float& v : values) v = r.gauss();
+  const float* from = from_arena.copy(values.data(), rows * columns, side);
+  float* to = to_arena.place<float>(rows * columns, side);
+  level.kernels->convolution.transpose(from, columns, rows, columns, to, rows);
+  bool right = true;
+  for (int64_t i = 0; i < rows * columns; ++i) right = right && to[i % columns * rows + i / columns] == values[i];
+  c.check(right && to_arena.intact(), "it is something else");
+}
+
+}  // namespace
+
+void test_convolution(std::vector<Level>& levels, int64_t every) {
+  Rig rig;
+  for (int64_t seed = 0; seed < 2000; seed += every > 1 ? 5 : 1) {
+    Random r(mix(seed, 77, 3));
+    const Picture picture(r);
+    Weight weight;
+    static constexpr int64_t kOutputs[] = {1, 7, 64, 70};
+    make_weight(kOutputs[r.below(4)], picture.s.depth(), 0, mix(seed, 78, 3), -1, weight);
+    if (weight.group > 0) continue;
+    const Side side = seed % 2 == 0 ? Side::end : Side::start;
+    for (Level& level : levels) {
+      if (!level.usable) continue;
+      rig.run(level, picture, weight, side, seed);
+      check_transpose(level, r, side);
+    }
+  }
+}
+
+}  // namespace coretest

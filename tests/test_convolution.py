@@ -1,0 +1,247 @@
+"""quantized_conv2d and QuantizedConv: every geometry to the bits of the reference, in the place of torch's modules."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import ocsquant
+from ocsquant import OCS, PerToken, Recipe, SplitQuant, Weights, ops
+from ocsquant.nn import QuantizedConv
+
+
+def pack(codes):
+    """int8 [n, channels, kernel_h, kernel_w] as the operator wants them."""
+    return ops.pack_weight(codes.permute(0, 2, 3, 1).reshape(codes.shape[0], -1).contiguous())
+
+
+sizes = st.integers(1, 3)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    samples=st.integers(0, 3),
+    channels=st.sampled_from([1, 2, 3, 5, 16, 33]),
+    n=st.sampled_from([1, 7, 64, 70]),
+    kernel=st.tuples(sizes, sizes),
+    stride=st.tuples(sizes, sizes),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(sizes, sizes),
+    extra=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+    layout=st.sampled_from(["first", "last", "strided"]),
+    bias=st.booleans(),
+    outliers=st.sampled_from([0, 1, 16]),
+    spread=st.sampled_from(["normal", "positive", "outliers"]),
+)
+def test_every_geometry_gives_the_bits_of_the_reference(
+    samples, channels, n, kernel, stride, padding, dilation, extra, layout, bias, outliers, spread
+):
+    height, width = (
+        max(1, d * (k - 1) + 1 - 2 * p) + e for d, k, p, e in zip(dilation, kernel, padding, extra, strict=True)
+    )
+    x = torch.randn(samples, channels, height, width)
+    if spread == "positive":
+        x = x.relu()
+    elif spread == "outliers" and x.numel():
+        x.view(-1)[:: max(1, x.numel() // 5)] *= 60
+    if layout == "last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    elif layout == "strided":
+        x = torch.stack([x, x], -1)[..., 0]
+    codes = torch.randint(-127, 128, (n, channels, *kernel), dtype=torch.int8)
+    scale, offset = torch.rand(n) * 0.01, torch.randn(n) if bias else None
+    y = ops.quantized_conv2d(
+        x, pack(codes), scale, offset, None, *kernel, *stride, *padding, *dilation, 8, outliers, 4.0
+    )
+    like = nn.functional.conv2d(x, codes.float(), None, stride, padding, dilation)
+    assert y.shape == like.shape
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    assert y.is_contiguous(memory_format=torch.channels_last) if last else y.is_contiguous()
+    if samples:
+        given_x = x if last else x.contiguous()
+        expected = reference.quantized_conv2d(given_x, codes, scale, offset, stride, padding, dilation, 8, outliers)
+        assert torch.equal(y, expected)
+
+
+def test_special_samples():
+    codes, scale = torch.randint(-127, 128, (7, 3, 3, 3), dtype=torch.int8), torch.rand(7)
+    x = torch.randn(3, 3, 6, 6)
+    x[1, 2, 3, 3], x[2] = float("nan"), 0.0
+    y = ops.quantized_conv2d(x, pack(codes), scale, None, None, 3, 3)
+    assert y[1].isnan().all()
+    assert torch.equal(y[2], torch.zeros_like(y[2]))
+    assert y[0].isfinite().all()
+    x = torch.zeros(1, 3, 40, 40)
+    x[0, 0, 3, 3] = 1e8  # alone among zeros: the step is held where its code fits
+    y = ops.quantized_conv2d(x, pack(codes), scale, None, None, 3, 3)
+    expected = reference.quantized_conv2d(x, codes, scale)
+    assert torch.equal(y, expected)
+    assert (y.abs().amax() - 1e8 * 127 * scale.max()).abs() < 1e8 * 127
+
+
+def test_tails_zero_points_and_levels():
+    x, n, depth = torch.randn(2, 5, 7, 6), 70, 45
+    codes = torch.randint(-127, 128, (n, depth), dtype=torch.int8)
+    tail, index = torch.randint(-127, 128, (n, 2), dtype=torch.int8), torch.tensor([3, 44], dtype=torch.int32)
+    scale = torch.rand(n)
+    whole = codes.double().index_add(1, index.long(), tail.double())
+    y = ops.quantized_conv2d(x, ops.pack_weight(codes, tail), scale, None, index, 3, 3)
+    w = whole.reshape(n, 3, 3, 5).permute(0, 3, 1, 2)
+    steps = [reference.quantize_plane(sample) for sample in x]
+    for got, (q, step) in zip(y, steps, strict=True):
+        total = nn.functional.conv2d(q.double()[None], w)[0].float()
+        assert torch.equal(got, total * (torch.tensor(step) * scale)[:, None, None])
+    zero = torch.randint(0, 16, (1, n), dtype=torch.uint8)
+    low = (torch.randint(0, 16, (n, depth)) - zero.T.long()).to(torch.int8)
+    stored = (4, zero, None)
+    packed = ops.pack_weight(low, None, *stored)
+    rest = (3, 3, 1, 1, 1, 1, 1, 1, 8, 16, 4.0)
+    expected = ops.quantized_conv2d(x, ops.pack_weight(low), scale, None, None, *rest)
+    assert torch.equal(ops.quantized_conv2d(x, packed, scale, None, None, *rest, *stored), expected)
+
+
+def test_threads_give_the_same_bits():
+    codes, scale = torch.randint(-127, 128, (70, 40, 3, 3), dtype=torch.int8), torch.rand(70)
+    x, packed, threads = torch.randn(3, 40, 20, 20), pack(codes), torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(ops.quantized_conv2d(x, packed, scale, None, None, 3, 3))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def quantized(module, recipe="W8A8"):
+    """By name: also what is too small to gain."""
+    return ocsquant.quantize(copy.deepcopy(module), overrides={"": recipe})
+
+
+MODULES = {
+    "3x3": (lambda: nn.Conv2d(6, 20, 3, padding=1), (2, 6, 9, 8)),
+    "strided, dilated": (lambda: nn.Conv2d(6, 20, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), (2, 6, 9, 8)),
+    "pointwise": (lambda: nn.Conv2d(6, 20, 1, 2), (2, 6, 9, 8)),
+    "same, even kernel": (lambda: nn.Conv2d(6, 20, (4, 3), padding="same"), (2, 6, 9, 8)),
+    "valid": (lambda: nn.Conv2d(6, 20, 3, padding="valid"), (2, 6, 9, 8)),
+    "reflect": (lambda: nn.Conv2d(6, 20, 3, padding=1, padding_mode="reflect"), (2, 6, 9, 8)),
+    "circular, same": (lambda: nn.Conv1d(6, 20, 5, padding="same", padding_mode="circular"), (2, 6, 19)),
+    "1d": (lambda: nn.Conv1d(6, 20, 5, 2, 2), (2, 6, 19)),
+    "one sample": (lambda: nn.Conv2d(6, 20, 3), (6, 9, 8)),
+    "one sample, 1d": (lambda: nn.Conv1d(6, 20, 3), (6, 19)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_take_what_the_float_one_takes(name, tmp_path):
+    make, shape = MODULES[name]
+    module, x = make(), torch.randn(shape)
+    q = quantized(module)
+    assert type(q) is QuantizedConv
+    twin = copy.deepcopy(module)
+    twin.weight.data.copy_(q.weight)
+    assert q.weight.shape == module.weight.shape
+    expected, y = twin(x), q(x)
+    assert (y.shape, y.dtype, y.stride()) == (expected.shape, expected.dtype, expected.stride())
+    assert (y - expected).norm() < 0.02 * expected.norm()
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert q(x.to(dtype)).dtype == dtype
+    leaf, g = x.clone().requires_grad_(), torch.randn(y.shape)
+    q(leaf).backward(g)
+    other = x.clone().requires_grad_()
+    twin(other).backward(g)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-4, atol=1e-4)
+    ocsquant.save(nn.Sequential(q), tmp_path / "file")
+    assert torch.equal(ocsquant.load(nn.Sequential(make()), tmp_path / "file")(x), y)
+    assert torch.equal(copy.deepcopy(q)(x), y)
+
+
+RECIPES = {
+    "4 bits": Recipe(Weights(bits=4)),
+    "zero points": Recipe(Weights(bits=4, symmetric=False)),
+    "split": Recipe(Weights(bits=5, split=OCS(expand_ratio=0.2))),
+    "codebook": Recipe(Weights(bits=2, split=SplitQuant())),
+    "plain": Recipe(Weights(bits=6), PerToken(bits=6, max_outliers=0)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_every_recipe_gives_the_weight_of_the_simulation(name, kernel):
+    module = nn.Conv2d(12, 20, kernel)
+    simulated = ocsquant.quantize(copy.deepcopy(module), RECIPES[name], simulate=True)
+    torch.testing.assert_close(quantized(module, RECIPES[name]).weight, simulated.weight.data, rtol=1e-5, atol=1e-7)
+
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 96, 3, 2, 1)
+        self.depthwise, self.head = nn.Conv2d(96, 96, 3, groups=96), nn.Linear(96, 128)
+
+    def forward(self, x):
+        x = self.depthwise(self.body(self.stem(x).relu()).relu())
+        return self.head(x.view(x.shape[0], 96, -1).mean(-1))
+
+
+def test_default_report_compile_and_export(tmp_path):
+    torch.manual_seed(0)
+    model, x = Network().eval(), torch.randn(2, 3, 12, 12)
+    before = model(x)
+    ocsquant.quantize(model)
+    report = {row.path: row for row in ocsquant.report(model).layers}
+    assert report["body"].scheme == "W8A8"
+    assert report["body"].kernel == "quantized_conv2d"
+    assert "too small" in report["stem"].reason
+    assert "grouped convolutions" in report["depthwise"].reason
+    with torch.no_grad():
+        y = model(x)
+        assert (y - before).norm() < 0.02 * before.norm()
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), y)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            xs = x.contiguous(memory_format=layout)
+            exported = torch.export.export(model.body, (model.stem(xs),))
+            assert torch.equal(exported.module()(model.stem(xs)), model.body(model.stem(xs)))
+    ocsquant.save(model, tmp_path / "file")
+    assert torch.equal(ocsquant.load(Network().eval(), tmp_path / "file")(x), y)
+    other = Network()
+    other.body = nn.Conv2d(64, 96, 3, 1, 1)
+    with pytest.raises(ocsquant.SchemaMismatchError):
+        ocsquant.load(other, tmp_path / "file")
+
+
+def test_opcheck():
+    codes, scale = torch.randint(-127, 128, (7, 3, 3, 3), dtype=torch.int8), torch.rand(7)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(2, 3, 6, 6).contiguous(memory_format=layout)
+        arguments = (x, pack(codes), scale, None, None, 3, 3, 2, 1, 1, 0)
+        torch.library.opcheck(torch.ops.ocsquant.quantized_conv2d.default, arguments)
+
+
+def test_wrong_calls_name_the_argument():
+    q = quantized(nn.Conv2d(6, 20, 3))
+    for x in (torch.randn(2, 5, 9, 9), torch.randn(9, 9), torch.ones(2, 6, 9, 9, dtype=torch.int32)):
+        with pytest.raises(ocsquant.ArgumentError, match="input"):
+            q(x)
+    with pytest.raises(RuntimeError, match="x must be as large as the kernel"):
+        q(torch.randn(2, 6, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe", "reason"),
+    [
+        (nn.Conv3d(4, 4, 3), "W8A8", "no integer kernel for Conv3d"),
+        (nn.Conv2d(64, 128, 3, groups=2), "W8A8", "no integer kernel for grouped convolutions"),
+        (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for groups in convolutions"),
+        (nn.Conv2d(64, 128, 3), Recipe(activations=ocsquant.PerTensorStatic()), "Conv2d with calibrated inputs"),
+        (nn.Conv2d(3, 64, 3), "W8A8", "too small to gain"),
+    ],
+)
+def test_what_has_no_kernel_says_so(module, recipe, reason):
+    with pytest.raises(ocsquant.NothingToQuantizeError, match=reason):
+        ocsquant.quantize(module, recipe, calibration=[torch.randn(2, module.in_channels, 6, 6)])

@@ -1,0 +1,41 @@
+"""Right and wrong values for every argument of quantized_conv2d."""
+
+from typing import Any
+
+import torch
+from wrong_operator_calls import EXCUSED_LINEAR, WRONG_LINEAR, WRONG_STORAGE, Case, Wrong, int8, int32, tensor
+
+from ocsquant import ops
+
+WINDOW = {
+    f"{name}_{side}": {"range": least - 1, "huge": 1 << 20}
+    for name, least in {"kernel": 1, "stride": 1, "padding": 0, "dilation": 1}.items()
+    for side in "hw"
+}
+ZERO = tensor(1, 70, dtype=torch.uint8)
+WRONG: dict[str, dict[str, Any]] = {
+    "x": {"size": Wrong(tensor(2, 6, 8, 8), text="(x)"), "small": tensor(2, 3, 1, 8)},
+    "scale": {"size": Wrong(tensor(140), text="140")},
+    "tail_index": {"size": Wrong(int32(*range(6)), text="tail columns"), "range": int32(1, 30)},
+    **{name: WRONG_LINEAR[name] for name in ("activation_bits", "max_outliers", "outlier_threshold")},
+    **WRONG_STORAGE,
+    "zero": WRONG_STORAGE["zero"] | {"rank": ZERO[0], "size": torch.cat([ZERO, ZERO]), "range": ZERO},
+    **WINDOW,
+}
+
+CONVOLUTION_CASES = {
+    "ops.quantized_conv2d": Case(
+        ops.quantized_conv2d,
+        {
+            "x": tensor(2, 3, 8, 8),
+            "packed": ops.pack_weight(int8(70, 27), int8(70, 2)),
+            "scale": tensor(70),
+            "bias": tensor(70),
+            "tail_index": int32(1, 26),
+            "kernel_h": 3,
+            "kernel_w": 3,
+        },
+        WRONG,
+        {**EXCUSED_LINEAR, "x.range": "NaN and Inf give NaN by definition"},
+    ),
+}
