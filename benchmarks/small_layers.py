@@ -1,7 +1,7 @@
 """Where does a small layer gain nothing? Our linear against nn.Linear over small shapes, each with 1 and 128 tokens.
 
-`ocsquant.quantize` leaves a layer float where ocsquant.planning.pays(outputs, inputs) says no; this sweep is what that
-rule is checked with.
+`ocsquant.quantize` leaves a layer float where ocsquant.suitability.pays(outputs, inputs) says no; this sweep is what
+that rule is checked with.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 import ocsquant
 from ocsquant.methods.grid import quantize_weight
 from ocsquant.nn import QuantizedLinear
-from ocsquant.planning import pays
+from ocsquant.suitability import pays
 
 SIZES, SHORT_SIZES, TOKENS = (8, 16, 32, 64, 96, 128, 192, 256), (16, 32, 64, 256), (1, 128)
 

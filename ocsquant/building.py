@@ -45,6 +45,7 @@ from ocsquant.nn.recurrent import part_names
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
+from ocsquant.tying import tie
 
 
 def build(
@@ -54,9 +55,11 @@ def build(
     changes: list[Change] = []
     layers: list[Layer] = []
     budget = _share_budget(plan.targets)
-    shared: dict[int, Quantized] = {}
-    for target in in_turn(plan.targets):
-        new, layer = _build_target(target, simulate, budget.get(id(target.module), {}), shared)
+    made = [
+        (target, *_build_target(target, simulate, budget.get(id(target.module), {})))
+        for target in in_turn(plan.targets)
+    ]
+    for target, new, layer in tie(made):
         inherit(new, target.source)
         if (
             simulate
@@ -81,9 +84,7 @@ def _left(model: nn.Module, path: str, kind: str, reason: str) -> Layer:
     return dataclasses.replace(earlier.get(path) or found(path, module), reason=reason)
 
 
-def _build_target(
-    target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan], shared: dict[int, Quantized]
-) -> tuple[nn.Module, Layer]:
+def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPlan]) -> tuple[nn.Module, Layer]:
     module, recipe = target.source, target.recipe
     integer = not simulate and recipe.weights.bits is not None
     notes = list(target.notes)
@@ -103,8 +104,6 @@ def _build_target(
     if integer:
         made = _build_integer(module, {m.name: q for (m, _), q in zip(parts, quantized, strict=True)}, target)
         new: nn.Module = made
-        if not _share(shared, module, made):
-            notes.append("its weight is also another layer's, but quantized for this one alone: stored twice")
         layer.kernel, layer.split_channels = made.kernel, made.split_channels
         layer.activation_bits = made.activation_bits
         layer.bytes_after = sum(b.numel() * b.element_size() for b in made.buffers())
@@ -142,24 +141,6 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
         return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
     assert isinstance(module, nn.Linear)
     return QuantizedLinear.from_weight(weight, module.bias, activations, transform, module.weight)
-
-
-def _share(shared: dict[int, Quantized], module: nn.Module, new: Quantized) -> bool:
-    """Two layers that share a weight go on sharing it, where they are quantized alike; whether that is so."""
-    if isinstance(module, RECURRENT):
-        return True
-    first = shared.setdefault(id(module.weight), new)
-    if first is new:
-        return True
-    names = [name for name in new.tensors if name != "bias" and new._buffers[name] is not None]
-    if type(first) is not type(new) or first.settings() != new.settings():
-        return False
-    for name in names:
-        ours, theirs = new._buffers[name], first._buffers[name]
-        if ours is None or theirs is None or not torch.equal(ours, theirs):
-            return False
-    new._buffers.update({name: first._buffers[name] for name in names})
-    return True
 
 
 def _build_simulated(

@@ -93,7 +93,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         with torch.no_grad():
             changes = _place(model, tensors, record)
-    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+    except (TypeError, AttributeError, KeyError, ValueError, IndexError, RuntimeError) as error:
         if isinstance(error, Error):
             raise
         raise CorruptCheckpointError(

@@ -64,7 +64,8 @@ def kind_of(module: nn.Module) -> str | None:
 
 def weight_names(module: nn.Module) -> list[str]:
     if isinstance(module, RECURRENT):
-        return [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_")]
+        # Its own list, which hooks that compute a weight (weight_norm, pruning) leave alone.
+        return [name for name in module._flat_weights_names if name.startswith("weight_")]
     return ["weight"]
 
 

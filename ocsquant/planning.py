@@ -20,35 +20,13 @@ from ocsquant.errors import ArgumentError, ArgumentTypeError, NothingToQuantizeE
 from ocsquant.layers import KINDS, Matrix, kind_of, matrices, weight_names
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
-from ocsquant.nn import Quantized, QuantizedMultiheadAttention, form_of
+from ocsquant.nn import Quantized, QuantizedMultiheadAttention
 from ocsquant.nn.attention import unsupported
-from ocsquant.nn.recurrent import RECURRENT_FORMS, part_names, part_sizes
+from ocsquant.suitability import kernel_problem, shares_rows, split_problem
 
-POINTWISE_IN = 256  # channels of a convolution whose kernel is one element
-SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
-SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 EXCLUDED = "excluded by filter_fn"
-SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
-GROUP_STEP = 16  # groups end where the kernels' 16-bit sums do
-MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def pays(out_features: int, in_features: int) -> bool:
-    """Whether the integer linear is at least as fast as the float one, for few tokens and for many.
-
-    Measured (benchmarks/small_layers.py): quantizing a token costs time that short rows or few outputs do not win back.
-    """
-    wide_enough = SMALLEST_OUT if in_features >= NARROW_IN else WIDE_OUT
-    return in_features >= SMALLEST_IN and out_features >= wide_enough
-
-
-def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
-    """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
-    if module.kernel_size.count(1) == len(module.kernel_size):
-        last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
-        return last and module.in_channels >= POINTWISE_IN and module.out_channels >= SMALLEST_IN
-    return module.in_channels >= SMALLEST_IN and module.out_channels >= WIDE_OUT
+TIED = {nn.Embedding, nn.Linear}  # types that may share one record of a weight
 
 
 @dataclass
@@ -162,9 +140,31 @@ def make_plan(
             targets.append(Target(place.module, place.module, kind, override or recipe, place.paths[0]))
         else:
             skipped.append((place.paths[0], type(place.module).__name__, reason))
+    targets, apart = _whole_ties(targets, holders)
+    skipped += apart
     if not targets:
         raise NothingToQuantizeError(_nothing(model, skipped))
     return Plan(targets, skipped)
+
+
+def _whole_ties(
+    targets: list[Target], holders: dict[int, list[nn.Module]]
+) -> tuple[list[Target], list[tuple[str, str, str]]]:
+    """Without a layer whose weight is tied to that of one of another type that is not quantized."""
+    apart: list[tuple[str, str, str]] = []
+    while True:
+        chosen, kept = {id(target.module) for target in targets}, []
+        for target in targets:
+            tied = holders.get(id(target.module._parameters.get("weight")), [])
+            float_types = {type(h).__name__ for h in tied if id(h) not in chosen}
+            if float_types and tied_types(target.module, holders):
+                reason = f"its weight is tied to that of {', '.join(sorted(float_types))}, which stays float"
+                apart.append((target.path, type(target.module).__name__, reason))
+            else:
+                kept.append(target)
+        if len(kept) == len(targets):
+            return kept, apart
+        targets = kept
 
 
 def _places(model: nn.Module) -> list[Place]:
@@ -217,9 +217,9 @@ def _nothing(model: nn.Module, skipped: list[tuple[str, str, str]]) -> str:
 
 def _weights(places: Iterable[Place]) -> Iterator[nn.Parameter]:
     for place in places:
-        weight = place.module._parameters.get("weight")
-        if kind_of(place.module) is not None and weight is not None:
-            yield weight
+        if kind_of(place.module) is not None:
+            names = weight_names(place.module)
+            yield from (w for name in names if (w := place.module._parameters.get(name)) is not None)
 
 
 def _ask(filter_fn: Callable[[nn.Module, str], bool], module: nn.Module, path: str) -> bool:
@@ -266,7 +266,9 @@ def _judge(
     if reason is None and not simulate and recipe.weights.bits is not None:
         reason = kernel_problem(module, kind, recipe, named)
     if reason is None and recipe.weights.bits is None:
-        reason = _split_problem(module, kind)
+        reason = split_problem(module, kind)
+    if reason is None and not named and tied_types(module, holders) and not shares_rows(recipe):
+        reason = "its weight is tied to that of a layer of another type: name both in overrides to store it twice"
     return reason, kind
 
 
@@ -298,10 +300,15 @@ def _weight_problem(module: nn.Module, holders: dict[int, list[nn.Module]]) -> s
             return f"its {name} is a tensor subclass ({type(weight.data).__name__})"
         if weight.numel() == 0:
             return f"its {name} is empty"
-        others = {type(holder).__name__ for holder in holders[id(weight)] if type(holder) is not type(module)}
-        if others:
-            return f"its {name} is tied to that of {', '.join(sorted(others))}"
+        others = tied_types(module, holders, name)
+        if others and {type(module), *others} != TIED:
+            return f"its {name} is tied to that of {', '.join(sorted(other.__name__ for other in others))}"
     return None
+
+
+def tied_types(module: nn.Module, holders: dict[int, list[nn.Module]], name: str = "weight") -> set[type]:
+    """Other types of modules that hold a weight of this one."""
+    return {type(h) for h in holders.get(id(module._parameters.get(name)), ())} - {type(module)}
 
 
 def _parent_problem(place: Place) -> str | None:
@@ -325,72 +332,3 @@ def _reads_weight(parent: type[nn.Module], name: str) -> bool:
     except TypeError:  # not written in Python
         return False
     return any(first == name and second == "weight" for first, second in pairwise(loads))
-
-
-def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
-    """Why there is no integer kernel for this layer, or why it would not pay."""
-    if recipe.activations is None or kind == "embedding":
-        return _storage_problem(module, recipe, named)
-    if kind == "conv" and (not isinstance(module, (nn.Conv1d, nn.Conv2d)) or module.groups > 1):
-        what = "grouped convolutions" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else type(module).__name__
-        return (
-            f"no integer kernel for {what} yet: use activations=None to store its weight in fewer bits, or "
-            f"simulate=True for its accuracy"
-        )
-    if kind in ("recurrent", "conv") and recipe.activations.needs_calibration:
-        return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
-    if isinstance(module, nn.Linear):
-        sizes = [(module.out_features, module.in_features)]
-        if not named and not pays(*sizes[0]):
-            return f"too small to gain: {module.out_features} outputs of {module.in_features} inputs"
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        sizes = [(module.out_channels, module.weight[0].numel())]
-        if not named and not convolution_pays(module):
-            return f"too small to gain: {module.out_channels} outputs of {module.in_channels} channels"
-        if recipe.weights.granularity == "group" and recipe.weights.group_size < sizes[0][1]:
-            return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
-    else:
-        assert isinstance(module, nn.RNNBase)
-        gates = RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"].gates
-        sizes = [part_sizes(module, name, gates) for name in part_names(module)]
-        if not named and module.hidden_size < SMALLEST_HIDDEN:
-            return f"too small to gain: {module.hidden_size} hidden units"
-    return next((problem for _, inputs in sizes if (problem := _product_problem(inputs, recipe))), None)
-
-
-def _product_problem(inputs: int, recipe: Recipe) -> str | None:
-    weights, activations = recipe.weights, recipe.activations
-    assert activations is not None
-    if not weights.symmetric and weights.bits == 8:
-        return "no integer kernel for zero points at 8 bits: use simulate=True for its accuracy"
-    if weights.granularity == "group" and weights.group_size < inputs:
-        missing = "calibrated inputs" if activations.needs_calibration else None
-        missing = "split channels" if weights.ocs is not None else missing
-        missing = f"{weights.group_size} (no multiple of 16)" if weights.group_size % GROUP_STEP else missing
-        if missing is not None:
-            return f"no integer kernel for groups of {missing} yet: use simulate=True for its accuracy"
-    depth = MAX_DEPTH if activations.scale == "token" else MAX_DEPTH // 2
-    if 2 * inputs > depth:  # every channel may get a tail column
-        return f"more than {depth // 2} inputs: int32 sums would not be exact"
-    return None
-
-
-def _storage_problem(module: nn.Module, recipe: Recipe, named: bool) -> str | None:
-    """Why the weight of this layer cannot be stored in fewer bits, or why that would save nothing worth it."""
-    if form_of(module) is None:
-        return f"no weight-only form for {type(module).__name__} yet: use simulate=True for its accuracy"
-    if getattr(module, "max_norm", None) is not None:
-        return "its max_norm changes the weight as it runs"
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if not named and weight.numel() < SMALLEST_STORED:
-        return f"too small to gain: {weight.numel()} weights"
-    return None
-
-
-def _split_problem(module: nn.Module, kind: str) -> str | None:
-    """Why a layer's channels cannot be copied for real."""
-    if kind == "linear":
-        return None
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        return None if module.groups == 1 else "a grouped convolution has no structural copies, only a wider code range"
-    return f"{type(module).__name__} has no structural copies, only a wider code range"

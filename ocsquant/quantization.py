@@ -35,8 +35,8 @@ def quantize(
     """Quantize a model's layers in place and return the model.
 
     Without arguments: int8 weights per output channel and int8 activations per token with run-time outlier splitting,
-    for every nn.Linear that gains from it; no data needed. `ocsquant.report(model)` lists what was done and, for
-    every other layer with weights, why not.
+    for every Linear, LSTM, GRU and convolution that gains from it, and embeddings stored in int8; no data needed.
+    `ocsquant.report(model)` lists what was done and, for every other layer with weights, why not.
 
     Args:
         model: any module; may itself be the layer. If anything fails, it is left exactly as it was.

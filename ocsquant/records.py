@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ocsquant import ops
-from ocsquant.config import activations_from_dict
+from ocsquant.config import PerToken, activations_from_dict
 from ocsquant.errors import CorruptCheckpointError, SchemaMismatchError
 from ocsquant.layout import WIDTHS, packed_shape
 from ocsquant.nn import (
@@ -18,12 +19,13 @@ from ocsquant.nn import (
     QuantizedConv,
     QuantizedLinear,
     StoredWeight,
+    TiedEmbedding,
     WeightOnly,
     form_of,
 )
 from ocsquant.nn.convolution import SETTINGS as CONVOLUTION_SETTINGS
 from ocsquant.nn.recurrent import SETTINGS, part_names, part_sizes
-from ocsquant.planning import GROUP_STEP
+from ocsquant.suitability import GROUP_STEP
 
 
 def kind_of_layer(module: nn.Module) -> str | None:
@@ -63,6 +65,7 @@ def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
     check = Check(path)
     kind = settings.get("kind")
     readers = {"QuantizedLinear": _quantized_linear, "WeightOnly": _weight_only}
+    readers["TiedEmbedding"] = _tied
     readers |= dict.fromkeys(("QuantizedLSTM", "QuantizedGRU"), _recurrent) | {"QuantizedConv": _convolution}
     check(kind in readers, f"there is no layer of kind {kind!r}")
     try:
@@ -92,6 +95,15 @@ def _quantized_linear(
     # A shift makes a bias of its own.
     _check_sizes(path, old, tuple(new.weight_shape), "bias" in t, any_bias="input_shift" in t)
     return new
+
+
+def _tied(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:
+    n, k = settings["shape"]
+    if kind_of_layer(old) != "Embedding":
+        raise SchemaMismatchError(f"the file has a tied embedding '{path}', the model {type(old).__name__}")
+    _check_sizes(path, old, (n, k), False)
+    form = {"in_features": k, "out_features": n, "bits": 8, "group_size": 0, "weight_bits": 8}
+    return TiedEmbedding(old, _linear({**form, "activations": dataclasses.asdict(PerToken())}, t, check))
 
 
 def _recurrent(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:

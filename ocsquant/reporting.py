@@ -98,7 +98,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    tensors = {(t.data_ptr() or id(t), t.shape, t.dtype): t for t in (*model.parameters(), *model.buffers())}
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 

@@ -22,7 +22,7 @@ from ocsquant.inputs import arguments, evaluating, watch
 from ocsquant.layers import Matrix, kind_of, plan_splits, quantize_matrix, stored_bytes, weight_names
 from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.observers import statistics_of
-from ocsquant.planning import EXCLUDED, Target, make_plan, merge_request
+from ocsquant.planning import EXCLUDED, Target, make_plan, merge_request, parameter_holders, tied_types
 
 GPTQ: dict[str, Any] = {"clip": "output", "rounding": "gptq"}
 GROUPS: dict[str, Any] = {"granularity": "group", "symmetric": False}
@@ -110,6 +110,9 @@ def sensitivity(
     with torch.no_grad():
         batches = repeatable(calibration)
         plan = make_plan(model, *merge_request(base, ignore, None), filter_fn, simulate)
+        # One record for a head and its embedding needs 8 bits: `quantize` would leave them float with fewer.
+        holders = parameter_holders(model)
+        plan.targets = [target for target in plan.targets if not tied_types(target.module, holders)]
         probe = _Probe(model, batches, [target.path for target in plan.targets])
         attach_moments(model, plan.targets, probe.statistics)
         options: dict[str, dict[str, Option]] = {}

@@ -83,6 +83,19 @@ def test_special_samples():
     assert (y.abs().amax() - 1e8 * 127 * scale.max()).abs() < 1e8 * 127
 
 
+def test_sums_of_large_samples_fit():
+    """A patch of outliers under the largest weights: the step is as large as int32 needs, no outlier is given up."""
+    depth = 512 * 9
+    x = torch.zeros(1, 512, 128, 128)
+    x[..., 50:53, 50:53] = 1.0
+    ones = torch.full((64, depth), 127, dtype=torch.int8)
+    everywhere = torch.arange(depth, dtype=torch.int32)
+    packed = ops.pack_weight(ones, ones)
+    y = ops.quantized_conv2d(x, packed, torch.ones(64), None, everywhere, 3, 3, 1, 1, 0, 0, 1, 1, 8, 16, 2.0)
+    assert (y.amax() / (254 * depth) - 1).abs() < 0.01
+    assert y.amin() >= 0
+
+
 def test_tails_zero_points_and_levels():
     x, n, depth = torch.randn(2, 5, 7, 6), 70, 45
     codes = torch.randint(-127, 128, (n, depth), dtype=torch.int8)
@@ -213,6 +226,14 @@ def test_default_report_compile_and_export(tmp_path):
     other.body = nn.Conv2d(64, 96, 3, 1, 1)
     with pytest.raises(ocsquant.SchemaMismatchError):
         ocsquant.load(other, tmp_path / "file")
+
+
+def test_a_shared_weight_stays_one():
+    model = nn.Sequential(nn.Conv2d(64, 96, 3), nn.Conv2d(96, 64, 1), nn.Conv2d(64, 96, 3))
+    model[2].weight = model[0].weight
+    ocsquant.quantize(model, ignore=["1"])
+    assert model[0].product.packed is model[2].product.packed
+    assert not torch.equal(model[0].bias, model[2].bias)
 
 
 def test_opcheck():

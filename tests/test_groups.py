@@ -47,6 +47,12 @@ def test_special_rows_and_empty_batches():
     assert ops.quantized_linear(x[:0], ops.pack_weight(codes), scale, bias, group_size=32).shape == (0, 70)
 
 
+def test_no_columns_have_no_groups():
+    packed = ops.pack_weight(torch.empty(5, 0, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="group_size must be 0 without columns"):
+        ops.quantized_linear(torch.empty(2, 0), packed, torch.empty(0, 5), group_size=16)
+
+
 def test_gradient_and_opcheck():
     x, codes, scale, bias = case(4, 70, 100, 32)
     packed = ops.pack_weight(codes)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ocsquant
-from ocsquant.nn import QuantizedLinear
+from ocsquant.nn import QuantizedLinear, TiedEmbedding
 
 
 def mlp(**kwargs) -> nn.Sequential:
@@ -89,15 +89,72 @@ def test_linears_that_share_a_weight_share_its_packed_form():
     assert not torch.equal(model[0].bias, model[1].bias)
 
 
-def test_a_head_tied_to_an_embedding_stays_float_by_name():
+def tied():
+    torch.manual_seed(0)
     model = nn.ModuleDict(
-        {"embed": nn.Embedding(100, 128), "body": nn.Linear(128, 128), "head": nn.Linear(128, 100, bias=False)}
+        {"embed": nn.Embedding(100, 128, padding_idx=3), "body": nn.Linear(128, 128), "head": nn.Linear(128, 100)}
     )
     model["head"].weight = model["embed"].weight
+    return model
+
+
+def test_a_head_and_its_embedding_share_one_record(tmp_path):
+    model, ids = tied(), torch.tensor([[0, 3, 99], [64, 63, 1]])
+    rows = model["embed"](ids)
     ocsquant.quantize(model)
-    assert type(model["head"]) is nn.Linear
-    assert "tied to that of Embedding" in reasons(model)["head"]
+    embed, head = model["embed"], model["head"]
+    assert type(embed) is TiedEmbedding
+    assert embed.packed is head.packed
+    assert torch.equal(embed(ids), head.weight[ids])
+    assert torch.equal(embed.weight, head.weight)
+    assert (embed(ids) - rows).norm() < 0.01 * rows.norm()
+    report = ocsquant.report(model)
+    expected = 4 * (100 * 128 + 100 + 128 * 128 + 128)
+    assert report.total_before == expected
+    assert {row.path: row.kernel for row in report.layers}["embed"] == "rows of the head it is tied to"
+    ocsquant.save(model, tmp_path / "file")
+    for other in (tied(), copy.deepcopy(model)):
+        again = ocsquant.load(other, tmp_path / "file")
+        assert torch.equal(again["embed"](ids), embed(ids))
+        assert again["embed"].packed is again["head"].packed
+    assert model.to(torch.bfloat16)["embed"](ids).dtype == torch.bfloat16
+    assert ocsquant.report(model.half()).total_before == expected
+    with pytest.raises(ocsquant.ArgumentError, match="input"):
+        embed(ids.float())
+    for outside in (-1, 100):
+        with pytest.raises(IndexError):
+            embed(torch.tensor([outside]))
+
+
+def test_tied_layers_of_different_recipes_are_stored_twice():
+    model = tied()
+    ocsquant.quantize(model, overrides={"embed": "W4A16", "head": "W8A8"})
+    report = {row.path: row for row in ocsquant.report(model).layers}
+    assert (report["embed"].scheme, report["head"].scheme) == ("W4A16", "W8A8")
+    assert "stored twice" in report["embed"].reason + report["head"].reason
+
+
+def test_a_tied_weight_of_which_one_layer_stays_float_stays_whole():
+    model = tied()
+    ocsquant.quantize(model, ignore=["head"])
+    assert type(model["embed"]) is nn.Embedding
+    assert reasons(model)["embed"] == "its weight is tied to that of Linear, which stays float"
     assert model["head"].weight is model["embed"].weight
+
+
+@pytest.mark.parametrize("recipe", ["W4A8", "W4A16"])
+def test_a_tied_weight_of_fewer_bits_stays_float_unless_named(recipe):
+    model, ids = tied(), torch.arange(100)
+    ocsquant.quantize(model, recipe)
+    assert model["head"].weight is model["embed"].weight
+    assert "name both in overrides" in reasons(model)["head"]
+    model = tied()
+    ocsquant.quantize(model, recipe, overrides={"embed": recipe, "head": recipe})
+    assert torch.equal(model["embed"](ids), model["head"].weight)
+    if recipe == "W4A16":
+        assert model["embed"].packed is model["head"].packed
+    else:  # the kernels' layout has no rows of 4 bits to look up
+        assert "stored twice" in reasons(model)["embed"]
 
 
 def test_hooks_move_with_the_layer_and_their_handles_work():
@@ -172,7 +229,7 @@ def test_small_layers_stay_float_unless_named():
 def test_layers_without_an_integer_kernel_stay_float_with_the_reason():
     model = nn.ModuleDict(
         {
-            "c": nn.Conv2d(3, 8, 3),
+            "c": nn.Conv3d(3, 8, 3),
             "r": nn.LSTM(8, 16),
             "g": nn.GRU(8, 16),
             "e": nn.Embedding(9, 8),

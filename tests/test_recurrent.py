@@ -1,12 +1,14 @@
 """QuantizedLSTM and QuantizedGRU in the place of torch's modules: calling conventions, gradients, files, compile."""
 
 import copy
+import warnings
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import ocsquant
@@ -214,6 +216,31 @@ def test_compile_and_export(kind):
         assert torch.equal(exported.module()(ids), expected)
         longer = torch.randint(0, 300, (2, 11))
         assert torch.equal(exported.module()(longer), model(longer))
+
+
+def test_compile_with_a_transposed_state():
+    q, x = quantized(nn.GRU(12, 16)), torch.randn(5, 4, 12)
+    state = torch.randn(16, 4, 1).permute(2, 1, 0)
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(q, fullgraph=True)(x, state)[0], q(x, state)[0])
+
+
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, lambda m, name: prune.l1_unstructured(m, name, 0.5)])
+def test_a_computed_weight_stays_float_with_the_reason(how):
+    model = nn.ModuleDict({"rnn": nn.LSTM(64, 64), "head": nn.Linear(128, 128)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        how(model["rnn"], "weight_hh_l0")
+    ocsquant.quantize(model)
+    reason = {row.path: row.reason for row in ocsquant.report(model).layers}["rnn"]
+    assert "weight_hh_l0 is computed by a hook" in reason
+
+
+def test_what_trains_beside_frozen_layers_stays_float():
+    model = nn.ModuleDict({"frozen": nn.Linear(128, 128).requires_grad_(False), "rnn": nn.GRU(64, 64)})
+    ocsquant.quantize(model)
+    assert type(model["rnn"]) is nn.GRU
 
 
 @pytest.mark.parametrize(

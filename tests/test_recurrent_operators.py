@@ -95,6 +95,8 @@ def test_special_values_and_empty_batches():
     assert y[[1, 3, 5]].isfinite().all()
     y, last, cell = ops.quantized_lstm(gates[:0], h[:0], c[:0], packed, scale, bias)
     assert (y.shape, last.shape, cell.shape) == ((0, 8), (0, 8), (0, 8))
+    with pytest.raises(RuntimeError, match="gates must have a multiple of 0 rows"):
+        ops.quantized_lstm(gates, h[:0], c[:0], packed, scale, bias)
     y, last, _ = ops.quantized_lstm(gates[:0], h, c, packed, scale, bias)
     assert torch.equal(last, h)
     assert y.shape == (0, 8)

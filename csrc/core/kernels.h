@@ -113,7 +113,7 @@ struct ConvolutionKernels {
   // A sample to codes, channels last (and zeros to whole blocks of 64); returns the step. Scratch holds kPlanePixels
   // pixels where the values lie channels first.
   float (*quantize_plane)(const float* x, int64_t channels, int64_t pixels, bool channels_first,
-                          const TokenQuantizer& how, float* scratch, int16_t* codes);
+                          const TokenQuantizer& how, float least_factor, float* scratch, int16_t* codes);
   // to[c][r] = from[r][c], rows of each `pitch` apart.
   void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
   // The most codes beyond a byte that any pixel has.

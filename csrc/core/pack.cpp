@@ -103,7 +103,7 @@ int64_t pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight&
   std::vector<uint8_t> bytes(groups * kGroupBytes);
   for (int64_t first = 0; first < shape.n; first += kPanel, packed += shape.panel_bytes()) {
     const int64_t width = std::min(kPanel, shape.n - first);
-    std::memset(bytes.data(), kOffset, bytes.size());
+    std::fill(bytes.begin(), bytes.end(), static_cast<uint8_t>(kOffset));
     pack_block(codes + first * k, width, k, bytes.data());
     if (e > 0) pack_block(tail + first * e, width, e, bytes.data() + base * kGroupBytes);
     std::memset(packed, 0, shape.panel_bytes());
@@ -112,7 +112,7 @@ int64_t pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight&
       bounds[s] = bound_of(bytes.data() + s * kSpan * kGroupBytes, std::min(kSpan, groups - s * kSpan));
     }
     if (shape.bits == 8) {
-      std::memcpy(packed, bytes.data(), bytes.size());
+      std::copy(bytes.begin(), bytes.end(), packed);
       continue;
     }
     for (int64_t j = 0; j < width; ++j) {
@@ -122,8 +122,7 @@ int64_t pack_panels(const int8_t* codes, const int8_t* tail, const PackedWeight&
         store_number(packed, shape.bits, place(j, c), number);
       }
     }
-    std::memcpy(packed + base * kGroupBytes * shape.bits / 8, bytes.data() + base * kGroupBytes,
-                (groups - base) * kGroupBytes);
+    std::copy(bytes.begin() + base * kGroupBytes, bytes.end(), packed + base * kGroupBytes * shape.bits / 8);
   }
   return -1;
 }

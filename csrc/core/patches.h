@@ -1,5 +1,6 @@
 // A convolution as the linear layer of its patches: what lies where in its input.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 namespace ocsquant {
@@ -19,8 +20,15 @@ struct PatchShape {
 
 // Pixels that are turned from channels first to channels last at a time.
 constexpr int64_t kPlanePixels = 16;
-// Codes of a sample stay within this much of each other's range, and the sum of a patch within int32 (quantize_plane).
+// Codes of a sample stay below this, so that they fit int16.
 constexpr float kMaxPlaneCode = 32512.0f;
-constexpr int64_t kMaxPlaneProduct = int64_t{1} << 36;  // of values and depth, for samples with outliers
+
+// Times the root of a sample's sum of squares, the least step at which the sums of its patches fit int32 whatever the
+// weights: by Cauchy and Schwarz their codes add up to at most the root of their squares times that of the depth. The
+// rest is for rounding: half a code for each.
+inline float least_step_factor(int64_t depth, int64_t tail) {
+  const double weight = tail > 0 ? 254.0 : 127.0;
+  return static_cast<float>(std::sqrt(static_cast<double>(depth)) * weight / 2147483648.0 * 1.02);
+}
 
 }  // namespace ocsquant

@@ -42,10 +42,11 @@ inline int64_t round_plane(const float* x, int64_t channels, int64_t pixels, boo
 }
 
 // One sample to codes, as quantize_row() does it, but for the outliers: any up to how.max_outliers for each pixel keep
-// codes beyond the range; if there are more, the step is that of the largest value. Returns the step, NaN where the
+// codes beyond the range; if there are more, the step is that of the largest value. It is never less than least_factor
+// (least_step_factor) times the root of the sum of squares, if there are any. Returns the step, NaN where the
 // sample holds NaN or Inf.
 inline float quantize_plane(const float* x, int64_t channels, int64_t pixels, bool channels_first,
-                            const TokenQuantizer& how, float* scratch, int16_t* codes) {
+                            const TokenQuantizer& how, float least_factor, float* scratch, int16_t* codes) {
   const int limit = (1 << (how.bits - 1)) - 1;
   const int64_t n = channels * pixels;
   const float range = static_cast<float>(limit);
@@ -62,6 +63,7 @@ inline float quantize_plane(const float* x, int64_t channels, int64_t pixels, bo
   if (how.max_outliers > 0 && bounded && bulk < absmax) {
     float step = usable_step(bulk / range);
     if (step < absmax / kMaxPlaneCode) step = absmax / kMaxPlaneCode;
+    if (const float least = std::sqrt(squares) * least_factor; step < least) step = least;
     const int64_t beyond = round_plane<true>(x, channels, pixels, channels_first, step, limit, scratch, codes);
     if (beyond <= how.max_outliers * pixels) return step;
   }

@@ -14,6 +14,7 @@ PackedForm::PackedForm(const char* op, int64_t n, int64_t k, int64_t e, const St
     : weight{nullptr, n, k, e, nullptr, nullptr, nullptr, storage.group_size, static_cast<int>(storage.bits)} {
   const int64_t bits = storage.bits;
   storage.check(op);
+  OCSQ_CHECK(storage.group_size == 0 || k > 0, op, ": group_size must be 0 without columns, got ", storage.group_size);
   OCSQ_CHECK(storage.group_size == 0 || e == 0, op, ": tail must be absent where the scales have groups");
   if (storage.zero.has_value()) {
     check_tensor(op, "zero", *storage.zero, ScalarType::Byte, 2);

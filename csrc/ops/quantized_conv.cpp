@@ -141,12 +141,13 @@ void run_patches(const Convolution& c) {
   const int64_t chunks = c.samples * s.values() > kSerialProducts ? std::min(c.samples, threads) : 1;
   const int64_t turned = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
   const Buffer buffer(codes + steps + chunks * turned);
+  const float least = least_step_factor(s.depth(), c.w.tail);
   int16_t* planes = buffer.at<int16_t>(0);
   float* step = buffer.at<float>(codes);
   parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       step[sample] =
-          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.channels_last, c.how,
+          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.channels_last, c.how, least,
                                  buffer.at<float>(codes + steps + i * turned), planes + sample * s.plane_codes());
     }
   });
@@ -164,7 +165,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
-  TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
+  const TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
   check_pair("kernel", kernel_h, kernel_w, 1);
   check_pair("stride", stride_h, stride_w, 1);
   check_pair("padding", padding_h, padding_w, 0);
@@ -184,7 +185,6 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   Tensor y = last ? empty_cpu({samples, n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
                   : empty_cpu({samples, n, out_h, out_w}, ScalarType::Float);
   if (samples == 0 || n == 0) return y;
-  if (s.values() * s.depth() > kMaxPlaneProduct) how.max_outliers = 0;
   const Convolution c = {
       source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), last, samples, s, weight.weight(), how};
   if (kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0) {

@@ -33,8 +33,9 @@ std::vector<Step> steps_of(const char* op, const std::optional<Tensor>& batch_si
       first += last = size[t];
     }
     OCSQ_CHECK(first == rows, op, ": batch_sizes must have the ", rows, " rows of gates as its sum, got ", first);
-  } else if (batch > 0) {
-    OCSQ_CHECK(rows % batch == 0, op, ": gates must have a multiple of ", batch, " rows, as h has, got ", rows);
+  } else {
+    OCSQ_CHECK(batch > 0 ? rows % batch == 0 : rows == 0, op, ": gates must have a multiple of ", batch,
+               " rows, as h has, got ", rows);
     for (int64_t first = 0; first < rows; first += batch) steps.push_back({first, batch});
   }
   if (reverse) std::reverse(steps.begin(), steps.end());

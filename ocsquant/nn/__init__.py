@@ -7,6 +7,7 @@ from ocsquant.nn.quantized import Quantized, quantized_modules
 from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
 from ocsquant.nn.simulated import FakeQuantizeInput
 from ocsquant.nn.split import SplitConv, SplitLinear
+from ocsquant.nn.tied import TiedEmbedding
 from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "SplitConv",
     "SplitLinear",
     "StoredWeight",
+    "TiedEmbedding",
     "WeightOnly",
     "form_of",
     "quantized_modules",

@@ -20,9 +20,9 @@ class QuantizedConv(Quantized):
     """A convolution without groups (1d, 2d) in integers: `ocsquant.ops.quantized_conv2d`.
 
     One step for each sample, for kernels of one element for each pixel. Built by `ocsquant.quantize`.
-    `product` holds weight and bias, its inputs in the order [kernel][channels]. The output lies in memory as that of
-    the float layer would, channels last where the input does (which is faster). Takes float32, bfloat16, float16 or
-    float64; returns the same dtype.
+    `product` holds weight and bias, its inputs in the order [kernel][channels]. The output of a Conv2d lies in memory
+    as its input does, contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
+    returns the same dtype.
     """
 
     kernel = "quantized_conv2d"
@@ -100,7 +100,7 @@ class QuantizedConv(Quantized):
         limits = (a.bits, a.max_outliers, a.outlier_threshold)
         operands: tuple[Any, ...] = (p.packed, p.scale, p.bias, p.tail_index, *window, *limits, p.weight_bits)
         y = ops.quantized_conv2d(x, *(*operands, p.zero, p.levels))
-        y = y if dims == 2 else y.squeeze(2)
+        y = y if dims == 2 else y.squeeze(2).contiguous()
         return (y if input.dim() == dims + 2 else y.squeeze(0)).to(input.dtype)
 
     def _float(self, input: Tensor) -> Tensor:

@@ -68,6 +68,10 @@ class QuantizedRecurrent(Quantized):
         return sum(part.float_bytes for part in self.parts)
 
     @property
+    def mode(self) -> str:
+        return self.origin
+
+    @property
     def num_directions(self) -> int:
         return 2 if self.bidirectional else 1
 

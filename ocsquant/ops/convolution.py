@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import check_devices, compiled
+from ocsquant.ops.library import bind, compiled
 
 _quantized_conv2d = compiled.quantized_conv2d.default
 
@@ -80,33 +82,15 @@ def quantized_conv2d(
 
 
 @torch.library.register_fake("ocsquant::quantized_conv2d")
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    tail_index: Tensor | None = None,
-    kernel_h: int = 1,
-    kernel_w: int = 1,
-    stride_h: int = 1,
-    stride_w: int = 1,
-    padding_h: int = 0,
-    padding_w: int = 0,
-    dilation_h: int = 1,
-    dilation_w: int = 1,
-    activation_bits: int = 8,
-    max_outliers: int = 16,
-    outlier_threshold: float = 4.0,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-) -> Tensor:
-    op = "quantized_conv2d"
-    check_devices(op, x=x, packed=packed, scale=scale, bias=bias, tail_index=tail_index, zero=zero, levels=levels)
-    torch._check(x.dim() == 4, lambda: f"{op}: x must have 4 dimensions, got {x.dim()}")
-    samples, _, height, width = x.shape
-    out_h = (height + 2 * padding_h - dilation_h * (kernel_h - 1) - 1) // stride_h + 1
-    out_w = (width + 2 * padding_w - dilation_w * (kernel_w - 1) - 1) // stride_w + 1
-    y = x.new_empty((samples, scale.shape[0], out_h, out_w))
+def _(*args: Any) -> Tensor:
+    a = bind("quantized_conv2d", args)
+    x = a["x"]
+    torch._check(x.dim() == 4, lambda: f"quantized_conv2d: x must have 4 dimensions, got {x.dim()}")
+    out = [
+        (size + 2 * a[f"padding_{side}"] - a[f"dilation_{side}"] * (a[f"kernel_{side}"] - 1) - 1) // a[f"stride_{side}"]
+        + 1
+        for side, size in zip("hw", x.shape[2:], strict=True)
+    ]
+    y = x.new_empty((x.shape[0], a["scale"].shape[0], *out))
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.to(memory_format=torch.channels_last) if last else y

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,14 @@ def check_vector(op: str, name: str, tensor: object, dtype: torch.dtype) -> None
     if not isinstance(tensor, Tensor) or tensor.dtype != dtype or tensor.dim() != 1:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else repr(tensor)
         raise RuntimeError(f"{op}: {name} must be a {dtype} vector, got {got}")
+
+
+def bind(op: str, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The arguments of a call by their names in the schema, for fake kernels; the tensors must be on one device."""
+    arguments = getattr(compiled, op).default._schema.arguments
+    bound = {a.name: args[i] if i < len(args) else a.default_value for i, a in enumerate(arguments)}
+    check_devices(op, **{name: value for name, value in bound.items() if isinstance(value, Tensor)})
+    return bound
 
 
 def check_devices(op: str, **tensors: Tensor | None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import check_devices, check_flag, compiled, wants_gradient
+from ocsquant.ops.library import bind, check_flag, compiled, wants_gradient
 from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
@@ -124,54 +124,19 @@ def scale_folded_linear(
     )
 
 
-def _linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    tail_index: Tensor | None = None,
-    activation_bits: int = 8,
-    max_outliers: int = 16,
-    outlier_threshold: float = 4.0,
-    group_size: int = 0,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-) -> Tensor:
-    others = {"bias": bias, "tail_index": tail_index, "zero": zero, "levels": levels}
-    return _output("quantized_linear", x, packed, scale, **others)
+def _register_fake(op: str) -> None:
+    def fake(*args: Any) -> Tensor:
+        a = bind(op, args)
+        x = a["x"]
+        torch._check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got a scalar")
+        return x.new_empty((*x.shape[:-1], a["scale"].shape[-1]))
+
+    for name in (op, f"{op}_train"):
+        torch.library.register_fake(f"ocsquant::{name}", fake)
 
 
-def _folded_fake(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    input_inverse: Tensor,
-    input_shift: Tensor | None = None,
-    bias: Tensor | None = None,
-    tail_index: Tensor | None = None,
-    activation_bits: int = 8,
-    dynamic: bool = False,
-    max_outliers: int = 0,
-    outlier_threshold: float = 4.0,
-    symmetric: bool = True,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-) -> Tensor:
-    vectors = {"input_inverse": input_inverse, "input_shift": input_shift, "bias": bias, "tail_index": tail_index}
-    return _output("scale_folded_linear", x, packed, scale, **vectors, zero=zero, levels=levels)
-
-
-def _output(op: str, x: Tensor, packed: Tensor, scale: Tensor, **others: Tensor | None) -> Tensor:
-    check_devices(op, x=x, packed=packed, scale=scale, **others)
-    torch._check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got a scalar")
-    return x.new_empty((*x.shape[:-1], scale.shape[-1]))
-
-
-for _suffix in ("", "_train"):
-    torch.library.register_fake(f"ocsquant::quantized_linear{_suffix}", _linear_fake)
-    torch.library.register_fake(f"ocsquant::scale_folded_linear{_suffix}", _folded_fake)
+_register_fake("quantized_linear")
+_register_fake("scale_folded_linear")
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import check_devices, check_flag, compiled
+from ocsquant.ops.library import bind, check_flag, compiled
 
 _quantized_lstm = compiled.quantized_lstm.default
 _quantized_gru = compiled.quantized_gru.default
@@ -137,80 +139,13 @@ def quantized_gru(
 
 
 @torch.library.register_fake("ocsquant::quantized_lstm")
-def _(
-    gates: Tensor,
-    h: Tensor,
-    c: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    tail_index: Tensor | None = None,
-    activation_bits: int = 8,
-    max_outliers: int = 16,
-    outlier_threshold: float = 4.0,
-    group_size: int = 0,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
-    projection_packed: Tensor | None = None,
-    projection_scale: Tensor | None = None,
-    projection_tail_index: Tensor | None = None,
-    projection_group_size: int = 0,
-    projection_weight_bits: int = 8,
-    projection_zero: Tensor | None = None,
-    projection_levels: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_devices(
-        "quantized_lstm",
-        gates=gates,
-        h=h,
-        c=c,
-        packed=packed,
-        scale=scale,
-        bias=bias,
-        tail_index=tail_index,
-        zero=zero,
-        levels=levels,
-        batch_sizes=batch_sizes,
-        projection_packed=projection_packed,
-        projection_scale=projection_scale,
-        projection_tail_index=projection_tail_index,
-        projection_zero=projection_zero,
-        projection_levels=projection_levels,
-    )
-    return gates.new_empty((gates.shape[0], h.shape[1])), torch.empty_like(h), torch.empty_like(c)
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a = bind("quantized_lstm", args)
+    y = a["gates"].new_empty((a["gates"].shape[0], a["h"].shape[1]))
+    return y, a["h"].new_empty(a["h"].shape), a["c"].new_empty(a["c"].shape)
 
 
 @torch.library.register_fake("ocsquant::quantized_gru")
-def _(
-    gates: Tensor,
-    h: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None = None,
-    tail_index: Tensor | None = None,
-    activation_bits: int = 8,
-    max_outliers: int = 16,
-    outlier_threshold: float = 4.0,
-    group_size: int = 0,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    reverse: bool = False,
-) -> tuple[Tensor, Tensor]:
-    check_devices(
-        "quantized_gru",
-        gates=gates,
-        h=h,
-        packed=packed,
-        scale=scale,
-        bias=bias,
-        tail_index=tail_index,
-        zero=zero,
-        levels=levels,
-        batch_sizes=batch_sizes,
-    )
-    return gates.new_empty((gates.shape[0], h.shape[1])), torch.empty_like(h)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = bind("quantized_gru", args)
+    return a["gates"].new_empty((a["gates"].shape[0], a["h"].shape[1])), a["h"].new_empty(a["h"].shape)

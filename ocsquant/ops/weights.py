@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ocsquant.layout import packed_shape
-from ocsquant.ops.library import check_devices, check_there, check_vector, compiled
+from ocsquant.ops.library import bind, check_devices, check_there, check_vector, compiled
 
 
 def pack_weight(
@@ -126,33 +128,16 @@ def dequantize_packed(
 
 
 @torch.library.register_fake("ocsquant::pack_weight")
-def _(
-    codes: Tensor,
-    tail: Tensor | None = None,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-    group_size: int = 0,
-) -> Tensor:
-    check_devices("pack_weight", codes=codes, tail=tail, zero=zero, levels=levels)
-    n, k = codes.shape
-    e = 0 if tail is None else tail.shape[1]
-    return codes.new_empty(packed_shape(n, k, e, weight_bits), dtype=torch.uint8)
+def _(*args: Any) -> Tensor:
+    a = bind("pack_weight", args)
+    (n, k), e = a["codes"].shape, 0 if a["tail"] is None else a["tail"].shape[1]
+    return a["codes"].new_empty(packed_shape(n, k, e, a["weight_bits"]), dtype=torch.uint8)
 
 
 @torch.library.register_fake("ocsquant::unpack_weight")
-def _(
-    packed: Tensor,
-    n: int,
-    k: int,
-    e: int = 0,
-    weight_bits: int = 8,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-    group_size: int = 0,
-) -> tuple[Tensor, Tensor]:
-    check_devices("unpack_weight", packed=packed, zero=zero, levels=levels)
-    return packed.new_empty((n, k), dtype=torch.int8), packed.new_empty((n, e), dtype=torch.int8)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = bind("unpack_weight", args)
+    return tuple(a["packed"].new_empty((a["n"], a[size]), dtype=torch.int8) for size in "ke")
 
 
 @torch.library.register_fake("ocsquant::pack_codes")
@@ -162,15 +147,7 @@ def _(codes: Tensor, bits: int) -> Tensor:
 
 
 @torch.library.register_fake("ocsquant::dequantize_weight")
-def _(
-    packed: Tensor,
-    scale: Tensor,
-    k: int,
-    bits: int,
-    group_size: int,
-    zero: Tensor | None = None,
-    levels: Tensor | None = None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    check_devices("dequantize_weight", packed=packed, scale=scale, zero=zero, levels=levels, rows=rows)
-    return scale.new_empty(((packed if rows is None else rows).shape[0], k))
+def _(*args: Any) -> Tensor:
+    a = bind("dequantize_weight", args)
+    rows = a["packed"] if a["rows"] is None else a["rows"]
+    return a["scale"].new_empty((rows.shape[0], a["k"]))

@@ -15,11 +15,12 @@ from ocsquant.errors import ArgumentError, NonFiniteError, UnsupportedModuleErro
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.observers import statistics_of
-from ocsquant.planning import Plan, Target, kernel_problem
+from ocsquant.planning import Plan, Target
 from ocsquant.progress import bar_of, layer_bar
 from ocsquant.qat.hooks import unhook
 from ocsquant.qat.linear import QATLinear, prepared_layers
 from ocsquant.qat.losses import warn_if_idle
+from ocsquant.suitability import kernel_problem
 from ocsquant.transaction import commit, inherit, set_attribute
 
 

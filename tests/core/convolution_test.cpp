@@ -76,7 +76,8 @@ class Rig {
       const float* x = x_arena_.copy((last ? picture.last : picture.first).data(), s.values(), side);
       float* scratch = scratch_arena_.place<float>(ocsquant::kPlanePixels * s.channels, side);
       planes[last] = plane_arena_[last].place<int16_t>(s.plane_codes(), side);
-      steps[last] = kernels.quantize_plane(x, s.channels, s.pixels(), !last, picture.how, scratch, planes[last]);
+      steps[last] = kernels.quantize_plane(x, s.channels, s.pixels(), !last, picture.how,
+                                           ocsquant::least_step_factor(s.depth(), 0), scratch, planes[last]);
       c.check(scratch_arena_.intact() && plane_arena_[last].intact(), "bytes beside an operand were written");
     }
     // The order of the values may change the last bit of the step, and with it codes; where it does not, nothing else

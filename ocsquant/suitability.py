@@ -1,0 +1,107 @@
+"""Which layers have an integer kernel for a recipe, and which of them gain from it."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ocsquant.config import Recipe
+from ocsquant.nn import RECURRENT_FORMS, form_of
+from ocsquant.nn.recurrent import part_names, part_sizes
+
+POINTWISE_IN = 256  # channels of a convolution whose kernel is one element
+SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
+SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
+SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
+GROUP_STEP = 16  # groups end where the kernels' 16-bit sums do
+MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
+
+
+def pays(out_features: int, in_features: int) -> bool:
+    """Whether the integer linear is at least as fast as the float one, for few tokens and for many.
+
+    Measured (benchmarks/small_layers.py): quantizing a token costs time that short rows or few outputs do not win back.
+    """
+    wide_enough = SMALLEST_OUT if in_features >= NARROW_IN else WIDE_OUT
+    return in_features >= SMALLEST_IN and out_features >= wide_enough
+
+
+def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
+    if module.kernel_size.count(1) == len(module.kernel_size):
+        last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
+        return last and module.in_channels >= POINTWISE_IN and module.out_channels >= SMALLEST_IN
+    return module.in_channels >= SMALLEST_IN and module.out_channels >= WIDE_OUT
+
+
+def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
+    """Why there is no integer kernel for this layer, or why it would not pay."""
+    if recipe.activations is None or kind == "embedding":
+        return _storage_problem(module, recipe, named)
+    if kind == "conv" and (not isinstance(module, (nn.Conv1d, nn.Conv2d)) or module.groups > 1):
+        what = "grouped convolutions" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else type(module).__name__
+        return (
+            f"no integer kernel for {what} yet: use activations=None to store its weight in fewer bits, or "
+            f"simulate=True for its accuracy"
+        )
+    if kind in ("recurrent", "conv") and recipe.activations.needs_calibration:
+        return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
+    if isinstance(module, nn.Linear):
+        depths, gains = [module.in_features], pays(module.out_features, module.in_features)
+        size = f"{module.out_features} outputs of {module.in_features} inputs"
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        depths, gains = [module.weight[0].numel()], convolution_pays(module)
+        size = f"{module.out_channels} outputs of {module.in_channels} channels"
+        if recipe.weights.granularity == "group" and recipe.weights.group_size < depths[0]:
+            return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
+    else:
+        assert isinstance(module, nn.RNNBase)
+        gates = RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"].gates
+        depths = [part_sizes(module, name, gates)[1] for name in part_names(module)]
+        gains, size = module.hidden_size >= SMALLEST_HIDDEN, f"{module.hidden_size} hidden units"
+    problem = next((problem for inputs in depths if (problem := _product_problem(inputs, recipe))), None)
+    return problem or (None if named or gains else f"too small to gain: {size}")
+
+
+def _product_problem(inputs: int, recipe: Recipe) -> str | None:
+    weights, activations = recipe.weights, recipe.activations
+    assert activations is not None
+    if not weights.symmetric and weights.bits == 8:
+        return "no integer kernel for zero points at 8 bits: use simulate=True for its accuracy"
+    if weights.granularity == "group" and weights.group_size < inputs:
+        missing = "calibrated inputs" if activations.needs_calibration else None
+        missing = "split channels" if weights.ocs is not None else missing
+        missing = f"{weights.group_size} (no multiple of 16)" if weights.group_size % GROUP_STEP else missing
+        if missing is not None:
+            return f"no integer kernel for groups of {missing} yet: use simulate=True for its accuracy"
+    depth = MAX_DEPTH if activations.scale == "token" else MAX_DEPTH // 2
+    if 2 * inputs > depth:  # every channel may get a tail column
+        return f"more than {depth // 2} inputs: int32 sums would not be exact"
+    return None
+
+
+def _storage_problem(module: nn.Module, recipe: Recipe, named: bool) -> str | None:
+    """Why the weight of this layer cannot be stored in fewer bits, or why that would save nothing worth it."""
+    if form_of(module) is None:
+        return f"no weight-only form for {type(module).__name__} yet: use simulate=True for its accuracy"
+    if getattr(module, "max_norm", None) is not None:
+        return "its max_norm changes the weight as it runs"
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if not named and weight.numel() < SMALLEST_STORED:
+        return f"too small to gain: {weight.numel()} weights"
+    return None
+
+
+def split_problem(module: nn.Module, kind: str) -> str | None:
+    """Why a layer's channels cannot be copied for real."""
+    if kind == "linear":
+        return None
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        return None if module.groups == 1 else "a grouped convolution has no structural copies, only a wider code range"
+    return f"{type(module).__name__} has no structural copies, only a wider code range"
+
+
+def shares_rows(recipe: Recipe) -> bool:
+    """Whether a linear layer and the embedding it is tied to get one record of their weight (nn.TiedEmbedding)."""
+    w, activations = recipe.weights, recipe.activations
+    plain = w.symmetric and w.granularity != "group" and w.split is None and w.codebook is None
+    return w.bits == 8 and plain and (activations is None or not activations.needs_calibration)
