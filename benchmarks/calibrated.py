@@ -51,7 +51,9 @@ def table(
         for name, recipe in recipes(bits).items():
             if short and name not in SHORT:
                 continue
-            made = ocsquant.quantize(copy.deepcopy(model), recipe, calibration=statistics)
+            made = ocsquant.quantize(
+                copy.deepcopy(model), recipe, calibration=statistics, filter_fn=networks.no_embedding
+            )
             lines = ocsquant.report(made).layers
             folded = sum(line.kernel == "scale_folded_linear" for line in lines)
             yield Row(network, f"W{bits}A{bits} {name}", score(made), f"{folded} folded")

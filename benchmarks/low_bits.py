@@ -37,10 +37,6 @@ WAYS: dict[str, dict[str, str]] = {
 }
 
 
-def no_embedding(module: nn.Module, path: str) -> bool:
-    return not isinstance(module, nn.Embedding)
-
-
 @dataclass
 class Subject:
     """A network, what calibrates it, and its score: `losses` gives a sum and a weight per item, `show` a figure."""
@@ -203,7 +199,7 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
             recipe,
             calibration=subject.calibration,
             simulate=True,
-            filter_fn=no_embedding,
+            filter_fn=networks.no_embedding,
         )
         done = [line for line in ocsquant.report(made).layers if line.kernel]
         stored = 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)

@@ -148,6 +148,11 @@ def perplexity(model: nn.Module, windows: Sequence[Tensor]) -> float:
     return float((totals.sum() / counts.sum()).exp())
 
 
+def no_embedding(module: nn.Module, path: str) -> bool:
+    """A filter_fn for tables of the other layers; a head tied to an embedding then stays float too."""
+    return not isinstance(module, nn.Embedding)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
+import networks
 from accuracy import Row
-from low_bits import Subject, no_embedding, run
+from low_bits import Subject, run
 from torch import nn
 
 import ocsquant
@@ -21,9 +22,11 @@ AGAINST, SHORT = ("W4 k-means", "W4 g64", "W5"), ("W4 k-means",)  # 4.3 to 5.5 b
 def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
     def quantized(recipe: Recipe) -> nn.Module:
         model = copy.deepcopy(subject.model)
-        return ocsquant.quantize(model, recipe, calibration=subject.calibration, simulate=True, filter_fn=no_embedding)
+        return ocsquant.quantize(
+            model, recipe, calibration=subject.calibration, simulate=True, filter_fn=networks.no_embedding
+        )
 
-    table = ocsquant.sensitivity(subject.model, subject.calibration, filter_fn=no_embedding, simulate=True)
+    table = ocsquant.sensitivity(subject.model, subject.calibration, filter_fn=networks.no_embedding, simulate=True)
     for name in SHORT if short else AGAINST:
         bits = 8 * sum(options[name].bytes for options in table.options.values()) / sum(table.weights.values())
         everywhere = subject.score(quantized(table.candidates[name]))

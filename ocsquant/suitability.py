@@ -8,7 +8,8 @@ from ocsquant.config import Recipe
 from ocsquant.nn import RECURRENT_FORMS, form_of
 from ocsquant.nn.recurrent import part_names, part_sizes
 
-POINTWISE_IN = 256  # channels of a convolution whose kernel is one element
+# Channels in and out of a convolution whose kernel is one element, for inputs that lie channels last, and first.
+POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
@@ -29,7 +30,8 @@ def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
     """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
     if module.kernel_size.count(1) == len(module.kernel_size):
         last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
-        return last and module.in_channels >= POINTWISE_IN and module.out_channels >= SMALLEST_IN
+        smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST
+        return module.in_channels >= smallest_in and module.out_channels >= smallest_out
     return module.in_channels >= SMALLEST_IN and module.out_channels >= WIDE_OUT
 
 

@@ -11,10 +11,11 @@ from ocsquant.ops.library import bind, check_flag, compiled, wants_gradient
 from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
-_quantized_linear = compiled.quantized_linear.default
-_quantized_linear_train = compiled.quantized_linear_train.default
+QUANTIZED_LINEAR = compiled.quantized_linear.default
+QUANTIZED_LINEAR_TRAIN = compiled.quantized_linear_train.default
 _scale_folded_linear = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
+BYTE = 8  # bits
 
 
 def quantized_linear(
@@ -54,9 +55,9 @@ def quantized_linear(
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
-    op = _quantized_linear_train if wants_gradient(x) else _quantized_linear
+    op = QUANTIZED_LINEAR_TRAIN if wants_gradient(x) else QUANTIZED_LINEAR
     # Every argument costs the dispatcher a tenth of a microsecond, defaults do not.
-    plain = type(weight_bits) is int and weight_bits == 8 and zero is None and levels is None
+    plain = weight_bits is BYTE and zero is None and levels is None
     stored = () if plain else (weight_bits, zero, levels)
     return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size, *stored)
 
