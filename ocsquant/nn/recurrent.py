@@ -152,7 +152,7 @@ class QuantizedRecurrent(Quantized):
                 rows = nn.functional.dropout(rows, self.dropout)
             for all_of, state in zip(last, ended, strict=True):
                 all_of.append(state)
-        return rows, [torch.cat(all_of) for all_of in last]
+        return rows, [all_of[0] if self.num_layers == 1 else torch.cat(all_of) for all_of in last]
 
     def _run_layer(
         self, layer: int, rows: Tensor, states: list[Tensor], sizes: Tensor | None
@@ -161,8 +161,10 @@ class QuantizedRecurrent(Quantized):
             self._run_direction(suffix, rows, [state[d] for state in states], sizes, d == 1)
             for d, suffix in enumerate(_suffixes(self, layer))
         ]
+        if len(results) == 1:
+            return results[0][0], [state.unsqueeze(0) for state in results[0][1:]]
         outputs, *ended = ([result[i] for result in results] for i in range(1 + len(states)))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), [torch.stack(state) for state in ended]
+        return torch.cat(outputs, 1), [torch.stack(state) for state in ended]
 
     def _straight_through(
         self, layer: int, rows: Tensor, states: list[Tensor], sizes: Tensor | None
@@ -283,9 +285,11 @@ def _order(like: Any) -> list[tuple[str, str]]:
 
 
 def _operands(hh: Any) -> tuple[Any, ...]:
-    a = hh.activations
-    codes = (hh.group_size, hh.weight_bits, hh.zero, hh.levels)
-    return hh.packed, hh.scale, hh.bias, hh.tail_index, a.bits, a.max_outliers, a.outlier_threshold, *codes
+    # Read from the dictionary, as QuantizedLinear does.
+    a, b = hh.activations, hh._buffers
+    weight = (b["packed"], b["scale"], b["bias"], b["tail_index"])
+    limits = (a.bits, a.max_outliers, a.outlier_threshold)
+    return *weight, *limits, hh.group_size, hh.weight_bits, b["zero"], b["levels"]
 
 
 def _with_gradient(value: Tensor, smooth: Tensor) -> Tensor:
