@@ -147,7 +147,7 @@ def test_compile_export_and_opcheck():
     torch.library.opcheck(torch.ops.ocsquant.pack_weight.default, (codes, None, 4, zero))
     torch.library.opcheck(torch.ops.ocsquant.unpack_weight.default, (packed, 70, 30, 0, 4, zero))
     arguments = (packed, torch.rand(70), None, None, 8, 16, 4.0, 0, 4, zero)
-    torch.library.opcheck(torch.ops.ocsquant.quantized_linear.default, (torch.randn(5, 30), *arguments))
+    torch.library.opcheck(torch.ops.ocsquant.quantized_linear_narrow.default, (torch.randn(5, 30), *arguments))
     leaf = torch.randn(5, 30, requires_grad=True)
     torch.library.opcheck(torch.ops.ocsquant.quantized_linear_train.default, (leaf, *arguments))
 

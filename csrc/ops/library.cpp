@@ -10,6 +10,10 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "int group_size=0) -> (Tensor, Tensor)");
   m.def(
       "quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
+      "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0) -> Tensor");
+  // For weights below 8 bits: three arguments more cost every call a tenth of nn.Linear's, even as defaults.
+  m.def(
+      "quantized_linear_narrow(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0, "
       "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
   // The same kernel under a name that carries an autograd formula: registering one costs a call 5 us even when unused.

@@ -128,19 +128,28 @@ Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, c
 
 namespace {
 
-Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold,
-                        int64_t group_size, int64_t weight_bits, const std::optional<Tensor>& zero,
-                        const std::optional<Tensor>& levels) {
+Tensor quantized_linear_narrow(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& tail_index, int64_t bits,
+                               int64_t max_outliers, double threshold, int64_t group_size, int64_t weight_bits,
+                               const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "quantized_linear";
   const Storage storage = {weight_bits, zero, levels, group_size};
   return linear(kOp, x, {packed, scale, bias, tail_index, storage},
                 check_quantizer(kOp, bits, max_outliers, threshold));
 }
 
+Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers, double threshold,
+                        int64_t group_size) {
+  const std::optional<Tensor> none;
+  return quantized_linear_narrow(x, packed, scale, bias, tail_index, bits, max_outliers, threshold, group_size, 8, none,
+                                 none);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
-  m.impl("quantized_linear_train", TORCH_BOX(&quantized_linear));
+  m.impl("quantized_linear_narrow", TORCH_BOX(&quantized_linear_narrow));
+  m.impl("quantized_linear_train", TORCH_BOX(&quantized_linear_narrow));
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.quantized import Quantized
-from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_TRAIN
+from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -120,9 +120,9 @@ class QuantizedLinear(Quantized):
         b: dict[str, Any] = self._buffers
         a = self.activations
         if (inverse := b["input_inverse"]) is None:
-            if self.weight_bits == BYTE:  # past the operator's Python face, for the same reason
-                op = QUANTIZED_LINEAR_TRAIN if input.requires_grad and torch.is_grad_enabled() else QUANTIZED_LINEAR
-                return op(
+            if self.weight_bits == BYTE and not (input.requires_grad and torch.is_grad_enabled()):
+                # Past the operator's Python face, for the same reason.
+                return QUANTIZED_LINEAR(
                     input,
                     b["packed"],
                     b["scale"],

@@ -12,7 +12,8 @@ from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
 QUANTIZED_LINEAR = compiled.quantized_linear.default
-QUANTIZED_LINEAR_TRAIN = compiled.quantized_linear_train.default
+_quantized_linear_narrow = compiled.quantized_linear_narrow.default
+_quantized_linear_train = compiled.quantized_linear_train.default
 _scale_folded_linear = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
 BYTE = 8  # bits
@@ -55,11 +56,12 @@ def quantized_linear(
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
         dequantized weight; nothing else gets one.
     """
-    op = QUANTIZED_LINEAR_TRAIN if wants_gradient(x) else QUANTIZED_LINEAR
-    # Every argument costs the dispatcher a tenth of a microsecond, defaults do not.
-    plain = weight_bits is BYTE and zero is None and levels is None
-    stored = () if plain else (weight_bits, zero, levels)
-    return op(x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size, *stored)
+    operands = (x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size)
+    if wants_gradient(x):
+        return _quantized_linear_train(*operands, weight_bits, zero, levels)
+    if weight_bits is BYTE and zero is None and levels is None:
+        return QUANTIZED_LINEAR(*operands)
+    return _quantized_linear_narrow(*operands, weight_bits, zero, levels)
 
 
 def scale_folded_linear(
@@ -125,19 +127,18 @@ def scale_folded_linear(
     )
 
 
-def _register_fake(op: str) -> None:
-    def fake(*args: Any) -> Tensor:
-        a = bind(op, args)
+def _register_fake(name: str, op: str) -> None:
+    @torch.library.register_fake(f"ocsquant::{name}")
+    def _(*args: Any) -> Tensor:
+        a = bind(name, args)
         x = a["x"]
         torch._check(x.dim() >= 1, lambda: f"{op}: x must have at least one dimension, got a scalar")
         return x.new_empty((*x.shape[:-1], a["scale"].shape[-1]))
 
-    for name in (op, f"{op}_train"):
-        torch.library.register_fake(f"ocsquant::{name}", fake)
 
-
-_register_fake("quantized_linear")
-_register_fake("scale_folded_linear")
+for _op, _names in {"quantized_linear": ("", "_narrow", "_train"), "scale_folded_linear": ("", "_train")}.items():
+    for _name in _names:
+        _register_fake(_op + _name, _op)
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
