@@ -29,7 +29,6 @@ from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import (
     FORMS,
-    RECURRENT_FORMS,
     FakeQuantizeInput,
     Quantized,
     QuantizedConv,
@@ -41,7 +40,7 @@ from ocsquant.nn import (
     form_of,
 )
 from ocsquant.nn.convolution import product_columns
-from ocsquant.nn.recurrent import part_names
+from ocsquant.nn.recurrent import part_names, recurrent_form
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
@@ -125,7 +124,7 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
         for name in part_names(module):
             bias = getattr(module, f"bias_{name}", None)
             parts[name] = QuantizedLinear.from_weight(weights[f"weight_{name}"], bias, activations)
-        return RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"](module, parts)
+        return recurrent_form(module)(module, parts)
     weight = weights["weight"]
     if target.kind == "conv" and activations is not None:
         conv: Any = module

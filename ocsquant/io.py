@@ -234,8 +234,9 @@ def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]
     given: dict[int, Tensor] = {}  # what each tensor of the model gets
     owner: dict[int, int] = {}  # and where each tensor of the file goes
     for path, module in model.named_modules(remove_duplicate=False):
-        if any(path == layer or path.startswith(f"{layer}.") or not layer for layer in quantized):
-            continue
+        names = path.split(".")
+        if any(".".join(names[:depth]) in quantized for depth in range(len(names) + 1)):
+            continue  # a quantized layer or a part of one
         transient = module._non_persistent_buffers_set
         for name, old in (*module._parameters.items(), *module._buffers.items()):
             if old is None:

@@ -64,9 +64,14 @@ def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
     """The quantized form of `old` that a file describes. Raises CorruptCheckpointError and SchemaMismatchError."""
     check = Check(path)
     kind = settings.get("kind")
-    readers = {"QuantizedLinear": _quantized_linear, "WeightOnly": _weight_only}
-    readers["TiedEmbedding"] = _tied
-    readers |= dict.fromkeys(("QuantizedLSTM", "QuantizedGRU"), _recurrent) | {"QuantizedConv": _convolution}
+    readers = {
+        "QuantizedLinear": _quantized_linear,
+        "QuantizedLSTM": _recurrent,
+        "QuantizedGRU": _recurrent,
+        "QuantizedConv": _convolution,
+        "TiedEmbedding": _tied,
+        "WeightOnly": _weight_only,
+    }
     check(kind in readers, f"there is no layer of kind {kind!r}")
     try:
         return readers[str(kind)](path, old, settings, t, check)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ocsquant.config import Recipe
-from ocsquant.nn import RECURRENT_FORMS, form_of
-from ocsquant.nn.recurrent import part_names, part_sizes
+from ocsquant.nn import form_of
+from ocsquant.nn.recurrent import part_names, part_sizes, recurrent_form
 
 # Channels in and out of a convolution whose kernel is one element, for inputs that lie channels last, and first.
 POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
@@ -57,7 +57,7 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
             return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
     else:
         assert isinstance(module, nn.RNNBase)
-        gates = RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"].gates
+        gates = recurrent_form(module).gates
         depths = [part_sizes(module, name, gates)[1] for name in part_names(module)]
         gains, size = module.hidden_size >= SMALLEST_HIDDEN, f"{module.hidden_size} hidden units"
     problem = next((problem for inputs in depths if (problem := _product_problem(inputs, recipe))), None)

@@ -37,9 +37,8 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "Tensor? tail_index=None, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "
       "int group_size=0, int weight_bits=8, Tensor? zero=None, Tensor? levels=None, Tensor? batch_sizes=None, "
       "bool reverse=False, Tensor? projection_packed=None, Tensor? projection_scale=None, "
-      "Tensor? projection_tail_index=None, int projection_group_size=0, int projection_weight_bits=8, Tensor? "
-      "projection_zero=None, "
-      "Tensor? projection_levels=None) -> (Tensor, Tensor, Tensor)");
+      "Tensor? projection_tail_index=None, int projection_group_size=0, int projection_weight_bits=8, "
+      "Tensor? projection_zero=None, Tensor? projection_levels=None) -> (Tensor, Tensor, Tensor)");
   m.def(
       "quantized_gru(Tensor gates, Tensor h, Tensor packed, Tensor scale, Tensor? bias=None, "
       "Tensor? tail_index=None, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "

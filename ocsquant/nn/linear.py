@@ -120,33 +120,11 @@ class QuantizedLinear(Quantized):
         b: dict[str, Any] = self._buffers
         a = self.activations
         if (inverse := b["input_inverse"]) is None:
+            limits = (a.bits, a.max_outliers, a.outlier_threshold, self.group_size)
+            operands = (input, b["packed"], b["scale"], b["bias"], b["tail_index"], *limits)
             if self.weight_bits == BYTE and not (input.requires_grad and torch.is_grad_enabled()):
-                # Past the operator's Python face, for the same reason.
-                return QUANTIZED_LINEAR(
-                    input,
-                    b["packed"],
-                    b["scale"],
-                    b["bias"],
-                    b["tail_index"],
-                    a.bits,
-                    a.max_outliers,
-                    a.outlier_threshold,
-                    self.group_size,
-                )
-            return ops.quantized_linear(
-                input,
-                b["packed"],
-                b["scale"],
-                b["bias"],
-                b["tail_index"],
-                a.bits,
-                a.max_outliers,
-                a.outlier_threshold,
-                self.group_size,
-                self.weight_bits,
-                b["zero"],
-                b["levels"],
-            )
+                return QUANTIZED_LINEAR(*operands)  # past the operator's Python face, for the same reason
+            return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
         return ops.scale_folded_linear(
             input,
             b["packed"],

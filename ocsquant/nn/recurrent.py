@@ -257,6 +257,11 @@ class QuantizedGRU(QuantizedRecurrent):
 RECURRENT_FORMS: dict[str, type[QuantizedLSTM | QuantizedGRU]] = {"LSTM": QuantizedLSTM, "GRU": QuantizedGRU}
 
 
+def recurrent_form(module: nn.RNNBase) -> type[QuantizedLSTM | QuantizedGRU]:
+    """Of a torch module or a subclass of one."""
+    return RECURRENT_FORMS["LSTM" if isinstance(module, nn.LSTM) else "GRU"]
+
+
 def part_names(like: Any) -> Iterator[str]:
     """Of the weights of a torch module, quantized or not, or of anything with its `SETTINGS`, in the module's order."""
     for layer in range(like.num_layers):
