@@ -57,9 +57,11 @@ configurations = st.fixed_dictionaries(
     form=st.sampled_from(["batch", "one", "packed", "packed unsorted", "strided"]),
     given_state=st.booleans(),
     lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 2**16),
 )
-def test_every_call_of_the_float_module(configuration, form, given_state, lengths):
+def test_every_call_of_the_float_module(configuration, form, given_state, lengths, seed):
     """Wiring: near the float module over the same weights, whose inputs are not rounded."""
+    torch.manual_seed(seed)
     kind, proj = configuration.pop("kind"), configuration.pop("proj")
     if proj and kind is nn.LSTM:
         configuration["proj_size"] = configuration["hidden_size"] - 1
@@ -84,7 +86,7 @@ def test_every_call_of_the_float_module(configuration, form, given_state, length
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() < 0.1
-        assert (a - b).square().mean() < 2e-3 * b.square().mean() + 1e-6
+        assert (a - b).square().mean() < 2e-3 * b.square().mean() + 1e-5
     assert type(q(x)[0]) is type(twin(x)[0])
 
 
