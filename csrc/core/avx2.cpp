@@ -89,7 +89,7 @@ OCSQ_INLINE void add_int16(__m256i (&sum)[2], const __m256i (&w)[2], __m256i x) 
       : [w0] "x"(w[0]), [w1] "x"(w[1]), [x] "x"(x));
 }
 
-struct Tile : Strips<Tile, PairRun>, PairTile {
+struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
   static constexpr int kRows = 4;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
 

@@ -3,7 +3,7 @@
 //   vpdpbusd  zmm   16 columns x 4 channels: unsigned weight byte times signed activation byte, summed into int32
 //
 // A tile is 6 rows x 64 columns: 24 accumulators, 4 weights, one broadcast. The rests are added to the finished sums by
-// the same instruction.
+// its 16-bit sister, vpdpwssd.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -24,12 +24,16 @@ namespace ocsquant {
 namespace {
 
 struct Narrow {
-  static OCSQ_INLINE bool block(const int16_t* codes, int8_t* out) {
-    const __m512i code = _mm512_loadu_si512(codes);
+  __m512i total;
+  OCSQ_INLINE Narrow() : total(_mm512_setzero_si512()) {}
+  OCSQ_INLINE uint32_t operator()(const int16_t* codes, int count, uint8_t* out) {
+    const __m512i code = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(0xffffffffu >> (32 - count)), codes);
     const __m256i body = _mm512_cvtsepi16_epi8(code);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), body);
-    return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code) != 0;
+    total = _mm512_dpwssd_epi32(total, code, _mm512_set1_epi16(1));
+    return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code);
   }
+  OCSQ_INLINE int32_t sum() const { return _mm512_reduce_add_epi32(total); }
 };
 
 }  // namespace
@@ -46,7 +50,7 @@ struct Tile {
   static constexpr int kVectors = kPanel / 16;
   static constexpr int64_t kPrefetch = 4096;
 
-  static int64_t row_bytes(int64_t depth) { return depth; }
+  static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
   static Offset offset(const uint8_t*) { return Offset::all; }
@@ -63,23 +67,21 @@ struct Tile {
   }
 
   template <int R, class S>
-  static OCSQ_INLINE void add_group(const uint8_t* a, const uint8_t* b, int g, const uint8_t* map,
+  static OCSQ_INLINE void add_group(const CodeRows& a, const uint8_t* b, int g, const uint8_t* map,
                                     __m512i (&c)[R][kVectors]) {
     __m512i w[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) w[v] = S::load(b, g, 64 * v, map);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      int32_t quad;
-      std::memcpy(&quad, a + i * kGroup, sizeof(quad));
-      const __m512i x = _mm512_set1_epi32(quad);
+      const __m512i x = _mm512_set1_epi32(a.quad(i));
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], w[v], x);
     }
   }
 
   template <int R, class S>
-  static __attribute__((noinline)) void rows(const uint8_t* a, const Block& block, int32_t* sums) {
+  static __attribute__((noinline)) void rows(CodeRows a, const Block& block, int32_t* sums) {
     __m512i c[R][kVectors];
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
@@ -90,7 +92,7 @@ struct Tile {
     }
     const uint8_t *b = block.weights, *next = block.next != nullptr ? block.next : b;
     if constexpr (S::kBytes) {
-      for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += kGroupBytes, a += R * kGroup) {
+      for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += kGroupBytes, a.first += kGroup) {
         // Few rows read the weights at memory speed, wherever the block ends.
         fetch(R <= 4 ? b + kPrefetch : next, kVectors, R <= 4);
         add_group<R, S>(a, b, 0, block.map, c);
@@ -99,7 +101,7 @@ struct Tile {
       for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes) {
         fetch(b + kPrefetch, static_cast<int>(S::kSpanBytes / 64), true);
 #pragma GCC unroll 4
-        for (int i = 0; i < kSpan; ++i, a += R * kGroup) add_group<R, S>(a, b, i, block.map, c);
+        for (int i = 0; i < kSpan; ++i, a.first += kGroup) add_group<R, S>(a, b, i, block.map, c);
       }
     }
 #pragma GCC unroll 8
@@ -109,12 +111,13 @@ struct Tile {
     }
   }
 
-  static void multiply(int count, const uint8_t* tile, int64_t, const Block& block, int32_t* sums) {
-    run_stored<Bytes512, Tile>(block, count, tile + block.first_group * kGroup * count, block, sums);
+  static void multiply(int count, const uint8_t* tile, int64_t depth, const Block& block, int32_t* sums) {
+    run_stored<Bytes512, Tile>(block, count, CodeRows{tile, row_bytes(depth)}.from_group(block.first_group), block,
+                               sums);
   }
 
   template <class S>
-  static void run(int count, const uint8_t* a, const Block& block, int32_t* sums) {
+  static void run(int count, const CodeRows& a, const Block& block, int32_t* sums) {
     switch (count) {
       case 1:
         return rows<1, S>(a, block, sums);
@@ -137,12 +140,13 @@ struct Tile {
     for (int v = 0; v < kVectors; ++v) c[v] = _mm512_loadu_si512(sums + 16 * v);
     for (int32_t r = 0; r < count; ++r) {
       const uint8_t* group = panel.group(rests[r].k / kGroup);
-      for (int left = rests[r].value; left != 0; left -= rest_step(left)) {
-        const __m512i x = _mm512_set1_epi32(rest_quad(rests[r], rest_step(left)));
+      const __m512i x = _mm512_set1_epi32(rests[r].value & 0xffff);
+      const __m512i pick =
+          _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPicks[rests[r].k % kGroup])));
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          c[v] = _mm512_dpbusd_epi32(c[v], _mm512_loadu_si512(group + 64 * v), x);
-        }
+      for (int v = 0; v < kVectors; ++v) {
+        const __m512i weight = _mm512_shuffle_epi8(_mm512_loadu_si512(group + 64 * v), pick);
+        c[v] = _mm512_dpwssd_epi32(c[v], weight, x);
       }
     }
     for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + 16 * v, c[v]);

@@ -13,11 +13,13 @@
 // The core test compiles this file a second time with the EVEX encoding, under another name.
 #ifdef OCSQ_VNNI256_EVEX
 #define OCSQ_DPBUSD _mm256_dpbusd_epi32
+#define OCSQ_DPWSSD _mm256_dpwssd_epi32
 #define OCSQ_VNNI256_TABLE kAvx512VlVnni
 #define OCSQ_VNNI256_NAME "avx512vl_vnni"
 OCSQ_TARGET_BEGIN("avx2,avx512f,avx512bw,avx512vl,avx512vnni")
 #else
 #define OCSQ_DPBUSD _mm256_dpbusd_avx_epi32
+#define OCSQ_DPWSSD _mm256_dpwssd_avx_epi32
 #define OCSQ_VNNI256_TABLE kAvxVnni
 #define OCSQ_VNNI256_NAME "avx_vnni"
 OCSQ_TARGET_BEGIN("avx2,avxvnni")
