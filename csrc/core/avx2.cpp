@@ -227,7 +227,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     return run;
   }
 
-  static bool unpacks(const uint8_t* tile) { return !is_wide(tile); }
+  static bool unpacks(const uint8_t* tile, int64_t rows) { return rows <= kFewRows && !is_wide(tile); }
 
   // The int16 tile: 8 columns at a time, 4 columns x 4 channels in a vector. The offset stays in.
   template <int R>

@@ -54,7 +54,8 @@ struct Tile {
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
   static Offset offset(const uint8_t*) { return Offset::all; }
-  static bool unpacks(const uint8_t*) { return true; }
+  // The ports that unpack have nothing else to do.
+  static bool unpacks(const uint8_t*, int64_t) { return true; }
 
   static OCSQ_INLINE void fetch(const uint8_t* from, int lines, bool near) {
     for (int v = 0; v < lines; ++v) {
@@ -98,8 +99,8 @@ struct Tile {
         add_group<R, S>(a, b, 0, block.map, c);
       }
     } else {
-      for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes) {
-        fetch(b + kPrefetch, static_cast<int>(S::kSpanBytes / 64), true);
+      for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes, next += S::kSpanBytes) {
+        fetch(R <= 4 ? b + kPrefetch : next, static_cast<int>(S::kSpanBytes / 64), R <= 4);
 #pragma GCC unroll 4
         for (int i = 0; i < kSpan; ++i, a.first += kGroup) add_group<R, S>(a, b, i, block.map, c);
       }
@@ -127,11 +128,10 @@ struct Tile {
         return rows<3, S>(a, block, sums);
       case 4:
         return rows<4, S>(a, block, sums);
+      case 5:
+        return rows<5, S>(a, block, sums);
       default:
-        break;
-    }
-    if constexpr (S::kBytes) {
-      return count == 5 ? rows<5, S>(a, block, sums) : rows<6, S>(a, block, sums);
+        return rows<6, S>(a, block, sums);
     }
   }
 

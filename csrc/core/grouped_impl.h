@@ -47,17 +47,17 @@ void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float
                      int64_t panel, uint8_t* scratch) {
   const int64_t depth = w.depth(), count = w.scale_groups(), quads = w.groups(), per_group = w.group_channels / kGroup;
   Panel weights(w, panel, scratch);
-  const int64_t limit = depth_block<Tile>(w, last - first);
+  const bool as_stored = multiplies_stored<Tile>(a, w, first, last);
+  const int64_t limit = depth_block<Tile>(w, last - first, as_stored);
   float* totals = reinterpret_cast<float*>(scratch + kUnpackedGroups * kGroupBytes);
   int32_t* group_sums = reinterpret_cast<int32_t*>(totals + Tile::kRowBlock * kPanel);
-  const bool few = last - first <= kFewRows && Tile::unpacks(a.codes + first * a.row_bytes);
   int32_t rests_done[Tile::kRowBlock];
   std::memset(rests_done, 0, (last - first) * sizeof(int32_t));
   for (int64_t group = 0; group < count; ++group) {
     const GroupEpilogue epilogue(w, panel, group);
     const int64_t begin = group * per_group, end = begin + per_group < quads ? begin + per_group : quads;
     for (int64_t q = begin, length; q < end; q += length) {
-      Block part = weights.block(q, end - q < limit ? end - q : limit, few);
+      Block part = weights.block(q, end - q < limit ? end - q : limit, as_stored);
       part.first = q == begin;
       length = part.groups;
       for (int64_t m = first; m < last; m += Tile::kRows) {

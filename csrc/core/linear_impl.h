@@ -7,7 +7,7 @@
 //   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
 //   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (the bytes of its column in the Panel)
 //   offset(tile)                              in which products the weights' offset stays
-//   unpacks(tile)                             whether multiply() takes kFewRows and blocks of fewer than 8 bits
+//   unpacks(tile, rows)                       whether multiply() takes blocks of fewer than 8 bits for that many rows
 #pragma once
 
 namespace ocsquant {
@@ -134,24 +134,24 @@ struct Epilogue {
     }
   }
 
-  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, float* y) const {
+  template <bool kBias>
+  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, int64_t count, float* y) const {
     const Simd::F t = Simd::set1(step);
     const Simd::I o = Simd::set1_i(offset);
-    for (int64_t j = 0; j < width; j += Simd::W) {
+    for (int64_t j = 0; j < count; j += Simd::W) {
       const Simd::I sum = Simd::sub_i(Simd::load_i(sums + j), o);
       Simd::F v = Simd::mul(Simd::to_float(sum), Simd::mul(t, Simd::load(scale + j)));
-      if (bias != nullptr) v = Simd::add(v, Simd::load(bias + j));
+      if (kBias) v = Simd::add(v, Simd::load(bias + j));
       Simd::store(y + j, v);
     }
   }
 
   OCSQ_INLINE void row(const int32_t* sums, int32_t offset, float step, void* y, Float dtype, int64_t at) const {
-    if (dtype == Float::f32 && width == kPanel) {
-      columns(sums, offset, step, static_cast<float*>(y) + at);
-      return;
-    }
     float block[kPanel];
-    columns(sums, offset, step, block);
+    const bool whole = dtype == Float::f32 && width == kPanel;
+    float* to = whole ? static_cast<float*>(y) + at : block;
+    bias != nullptr ? columns<true>(sums, offset, step, width, to) : columns<false>(sums, offset, step, width, to);
+    if (whole) return;
     if (dtype == Float::f32) {
       std::memcpy(static_cast<float*>(y) + at, block, width * sizeof(float));
     } else {
@@ -173,12 +173,29 @@ __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& 
   }
 }
 
+// Rows of the output are pages apart: no prefetcher of the CPU foresees them, and the stores would wait for memory.
+OCSQ_INLINE void fetch_output(const PackedWeight& w, const void* y, Float dtype, int64_t m, int rows, int64_t panel) {
+  const int64_t bytes = dtype == Float::f32 ? sizeof(float) : sizeof(uint16_t);
+  const int64_t width = (w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel) * bytes;
+  const char* row = static_cast<const char*>(y) + (m * w.n + panel * kPanel) * bytes;
+  for (int i = 0; i < rows; ++i, row += w.n * bytes) {
+    for (int64_t j = 0; j < width; j += 64) __builtin_prefetch(row + j, 1);
+  }
+}
+
+// Whether multiply() of a Tile unpacks the weights, which it cannot where they are indices of 64 levels.
+template <class Tile>
+bool multiplies_stored(const Activations& a, const PackedWeight& w, int64_t first, int64_t last) {
+  const bool small_table = w.levels == nullptr || w.bits == 4;
+  return w.bits < 8 && small_table && Tile::unpacks(a.codes + first * a.row_bytes, last - first);
+}
+
 // The most groups to multiply before the next rows; what was unpacked should stay in the first cache for few of them.
 template <class Tile>
-int64_t depth_block(const PackedWeight& w, int64_t rows) {
+int64_t depth_block(const PackedWeight& w, int64_t rows, bool as_stored) {
   constexpr int64_t kFew = Tile::kDepthBlockFew < 64 ? Tile::kDepthBlockFew : 64;
   static_assert(Tile::kDepthBlock <= kUnpackedGroups);
-  return rows > Tile::kRows ? Tile::kDepthBlock : w.bits == 8 ? Tile::kDepthBlockFew : kFew;
+  return rows > Tile::kRows ? Tile::kDepthBlock : w.bits == 8 || as_stored ? Tile::kDepthBlockFew : kFew;
 }
 
 template <class Tile>
@@ -188,23 +205,26 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
   Panel weights(w, panel, scratch);
   int32_t* block_sums = reinterpret_cast<int32_t*>(scratch + kUnpackedGroups * kGroupBytes);
   const Epilogue epilogue(w, panel);
+  const bool as_stored = multiplies_stored<Tile>(a, w, first, last);
   // Equal blocks, so that a tail never becomes a tiny last one.
-  const int64_t limit = depth_block<Tile>(w, last - first);
+  const int64_t limit = depth_block<Tile>(w, last - first, as_stored);
   const int64_t blocks = (groups + limit - 1) / limit;
   const int64_t block = blocks > 0 ? ((groups + blocks - 1) / blocks + kSpan - 1) / kSpan * kSpan : 0;
-  const bool few = last - first <= kFewRows && Tile::unpacks(a.codes + first * a.row_bytes);
+  // Whole bytes follow the stored weights where channels are split.
+  const int64_t kept_sums = blocks > 1 || (as_stored && w.tail > 0) ? Tile::kRows * kPanel : 0;
   int64_t g = 0;
   do {
     int64_t length = groups - g < block ? groups - g : block;
-    Block part = weights.block(g, length, few);
+    Block part = weights.block(g, length, as_stored);
     length = part.groups;
     int32_t* sums = block_sums;
     for (int64_t m = first; m < last; m += Tile::kRows) {
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
+      if (g + length == groups) fetch_output(w, y, dtype, m, rows, panel);
       Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, sums);
       part.next = nullptr;
       if (g + length == groups) finish<Tile>(a, w, epilogue, weights, m, rows, sums, y, dtype, panel);
-      if (blocks > 1) sums += Tile::kRows * kPanel;
+      sums += kept_sums;
     }
     g += length;
   } while (g < groups);

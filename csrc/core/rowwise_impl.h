@@ -74,18 +74,17 @@ template <bool kCount>
 struct RowCodes {
   int16_t* codes;
   Simd::F inverse;
-  Simd::I limit, beyond;
+  int limit;
+  int64_t beyond;
   OCSQ_INLINE RowCodes(int16_t* out, float step, int bound)
-      : codes(out),
-        inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)),
-        limit(Simd::set1_i(bound)),
-        beyond(Simd::zero_i()) {}
+      : codes(out), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
     for (int v = 0; v < kVectors; v += 2) {
       const Simd::I a = Simd::round_to_int(Simd::mul(Simd::load(p + v * Simd::W), inverse));
       const Simd::I b = Simd::round_to_int(Simd::mul(Simd::load(p + (v + 1) * Simd::W), inverse));
-      if constexpr (kCount) beyond = Simd::count_beyond(Simd::count_beyond(beyond, a, limit), b, limit);
-      Simd::store_i16(codes + j + v * Simd::W, a, b);
+      const Simd::Codes both = Simd::pack_codes(a, b);
+      if constexpr (kCount) beyond += Simd::count_beyond(both, limit);
+      Simd::store_codes(codes + j + v * Simd::W, both);
     }
   }
 };
@@ -95,7 +94,7 @@ template <bool kCount>
 OCSQ_INLINE int64_t round_row(const float* x, int64_t k, float step, int limit, int16_t* codes) {
   RowCodes<kCount> block(codes, step, limit);
   for_blocks(x, k, block);
-  return kCount ? Simd::reduce_add(block.beyond) : 0;
+  return block.beyond;
 }
 
 OCSQ_INLINE float bits_to_float(int32_t bits) {
@@ -106,19 +105,65 @@ OCSQ_INLINE float bits_to_float(int32_t bits) {
 
 OCSQ_INLINE float usable_step(float step) { return step < 0x1p-120f ? 0.0f : step; }
 
-// The (rank+1)-th largest |x| of those whose code is beyond the limit; there are more than `rank` of them.
-inline float outlier_magnitude(const float* x, const int16_t* codes, int64_t k, int limit, int rank) {
-  float top[kMaxOutliers + 1];  // descending
-  int held = 0;
-  for (int64_t j = 0; j < k; ++j) {
-    if (codes[j] <= limit && codes[j] >= -limit) continue;
-    const float v = std::fabs(x[j]);
-    if (held > rank && v <= top[rank]) continue;
-    int at = held > rank ? rank : held++;
-    for (; at > 0 && top[at - 1] < v; --at) top[at] = top[at - 1];
-    top[at] = v;
+// The largest of some values, as bits: those of floats from 0 on have their order.
+class Largest {
+ public:
+  explicit Largest(int count) : count_(count) {}
+  OCSQ_INLINE void add(int32_t bits) {
+    held_[size_++] = bits;
+    if (size_ == kRoom) forget();
   }
-  return top[rank];
+  // The count-th of them, once there are that many: the largest that is exceeded or equalled by `count`.
+  int32_t last() {
+    for (int i = size_; i < size_ + Simd::W - 1; ++i) held_[i] = -1;
+    int32_t found = -1;
+    for (int i = 0; i < size_; ++i) {
+      if (held_[i] <= found) continue;
+      const Simd::I below = Simd::set1_i(held_[i] - 1);
+      int at_least = 0;
+      for (int j = 0; j < size_; j += Simd::W) {
+        at_least += __builtin_popcount(Simd::greater(Simd::load_i(held_ + j), below));
+      }
+      if (at_least >= count_) found = held_[i];
+    }
+    return found;
+  }
+
+ private:
+  static constexpr int kRoom = 256;
+  static_assert(kRoom > kMaxOutliers + 1);
+
+  // All but the `count` largest.
+  __attribute__((noinline)) void forget() {
+    const int32_t least = last();
+    int kept = 0;
+    for (int i = 0; i < size_; ++i) {
+      if (held_[i] > least) held_[kept++] = held_[i];
+    }
+    while (kept < count_) held_[kept++] = least;
+    size_ = kept;
+  }
+
+  int count_, size_ = 0;
+  int32_t held_[kRoom + Simd::W];
+};
+
+// The (rank+1)-th largest |x|, where more than `rank` are beyond `bulk`.
+inline float outlier_magnitude(const float* x, int64_t k, float bulk, int rank) {
+  Largest largest(rank + 1);
+  const Simd::I limit = Simd::abs_bits(Simd::set1(bulk));
+  for (int64_t j = 0; j < k; j += Simd::W) {
+    const int count = k - j < Simd::W ? static_cast<int>(k - j) : Simd::W;
+    const Simd::F values = count == Simd::W ? Simd::load(x + j) : Simd::load_first(x + j, count, Simd::set1(0.0f));
+    uint32_t beyond = Simd::greater(Simd::abs_bits(values), limit);
+    for (; beyond != 0; beyond &= beyond - 1) {
+      const float value = std::fabs(x[j + __builtin_ctz(beyond)]);
+      int32_t bits;
+      std::memcpy(&bits, &value, sizeof(bits));
+      largest.add(bits);
+    }
+  }
+  return bits_to_float(largest.last());
 }
 
 // One token to codes (methods: run-time OCS, definition). Returns the step, NaN for a row with NaN or Inf (codes 0).
@@ -152,7 +197,7 @@ inline float quantize_row(const float* x, int64_t k, const TokenQuantizer& how, 
   }
   float step = usable_step(bulk / range);
   if (round_row<true>(x, k, step, limit, codes) > how.max_outliers) {
-    step = usable_step(outlier_magnitude(x, codes, k, limit, how.max_outliers) / range);
+    step = usable_step(outlier_magnitude(x, k, bulk, how.max_outliers) / range);
     round_row<false>(x, k, step, limit, codes);
   }
   return step;
@@ -198,7 +243,7 @@ inline float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer&
     std::memset(codes, 0, padded * sizeof(int16_t));
     return std::numeric_limits<float>::quiet_NaN();
   }
-  if (how.symmetric && Simd::reduce_add(block.codes.beyond) > how.max_outliers) {
+  if (how.symmetric && block.codes.beyond > how.max_outliers) {
     for (int64_t j = 0; j < padded; ++j) {
       const int16_t high = codes[j] > limit ? static_cast<int16_t>(limit) : codes[j];
       codes[j] = high < -limit ? static_cast<int16_t>(-limit) : high;

@@ -23,7 +23,7 @@ struct Tile {
   static int64_t rest_capacity(int64_t, int) { return 0; }
   static void add_rests(const Rest*, int32_t, Panel&, int32_t*) {}
   static Offset offset(const uint8_t*) { return Offset::none; }
-  static bool unpacks(const uint8_t*) { return false; }
+  static bool unpacks(const uint8_t*, int64_t) { return false; }
 
   static void place(int16_t* codes, int64_t pitch, int64_t depth, const TileRows& out) {
     place_int16(codes, pitch, depth, out.rows, reinterpret_cast<int16_t*>(out.tile));

@@ -49,6 +49,9 @@ struct Simd {
   static OCSQ_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+  static OCSQ_INLINE uint32_t greater(I a, I b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));
+  }
   static OCSQ_INLINE int32_t reduce_max(I v) {
     __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
@@ -58,17 +61,23 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
   }
   static OCSQ_INLINE I round_to_int(F v) { return _mm256_cvtps_epi32(v); }
-  static OCSQ_INLINE I count_beyond(I count, I code, I limit) {
-    return _mm256_sub_epi32(count, _mm256_cmpgt_epi32(_mm256_abs_epi32(code), limit));
+  // 16 codes in order, saturated to 16 bits.
+  using Codes = __m256i;
+  static OCSQ_INLINE Codes pack_codes(I a, I b) {
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packs works per 128-bit half
+  }
+  static OCSQ_INLINE int count_beyond(Codes codes, int limit) {
+    const __m256i top = _mm256_set1_epi16(static_cast<int16_t>(limit));
+    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(codes), top);
+    return __builtin_popcount(static_cast<uint32_t>(_mm256_movemask_epi8(beyond))) / 2;
   }
   static OCSQ_INLINE int32_t reduce_add(I v) {
     __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     h = _mm_add_epi32(h, _mm_shuffle_epi32(h, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(h, _mm_shuffle_epi32(h, 0xb1)));
   }
-  static OCSQ_INLINE void store_i16(int16_t* p, I a, I b) {
-    const I packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packs works per 128-bit half
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  static OCSQ_INLINE void store_codes(int16_t* p, Codes codes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), codes);
   }
   static OCSQ_INLINE F load_bf16(const uint16_t* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -64,20 +64,24 @@ struct Simd {
   static OCSQ_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+  static OCSQ_INLINE uint32_t greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
   static OCSQ_INLINE int32_t reduce_max(I v) { return _mm512_reduce_max_epi32(v); }
   static OCSQ_INLINE F power_of_two(F n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
   }
   static OCSQ_INLINE I round_to_int(F v) { return _mm512_cvtps_epi32(v); }
-  static OCSQ_INLINE I count_beyond(I count, I code, I limit) {
-    const __mmask16 beyond = _mm512_cmpgt_epi32_mask(_mm512_abs_epi32(code), limit);
-    return _mm512_mask_add_epi32(count, beyond, count, _mm512_set1_epi32(1));
+  // 32 codes in order, saturated to 16 bits.
+  using Codes = __m512i;
+  static OCSQ_INLINE Codes pack_codes(I a, I b) {
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packs works per 128-bit quarter
+    return _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b));
+  }
+  static OCSQ_INLINE int count_beyond(Codes codes, int limit) {
+    const __m512i top = _mm512_set1_epi16(static_cast<int16_t>(limit));
+    return __builtin_popcount(_mm512_cmpgt_epi16_mask(_mm512_abs_epi16(codes), top));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
-  static OCSQ_INLINE void store_i16(int16_t* p, I a, I b) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 16), _mm512_cvtsepi32_epi16(b));
-  }
+  static OCSQ_INLINE void store_codes(int16_t* p, Codes codes) { _mm512_storeu_si512(p, codes); }
   static OCSQ_INLINE F load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -3,6 +3,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 namespace ocsquant {
@@ -44,18 +45,22 @@ struct Simd {
   }
   static I max_i(I a, I b) { return a > b ? a : b; }
   static int32_t reduce_max(I v) { return v; }
+  // A bit for every lane.
+  static uint32_t greater(I a, I b) { return a > b; }
   // 2^n of a whole n within -126..127; of NaN anything.
   static F power_of_two(F n) { return n == n ? std::ldexp(1.0f, static_cast<int>(n)) : 1.0f; }
   static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
-  static I count_beyond(I count, I code, I limit) { return count + (code > limit || code < -limit); }
+  // Two codes that fit 16 bits.
+  struct Codes {
+    int16_t a, b;
+  };
+  static Codes pack_codes(I a, I b) { return {static_cast<int16_t>(a), static_cast<int16_t>(b)}; }
+  static int count_beyond(Codes codes, int limit) { return (std::abs(codes.a) > limit) + (std::abs(codes.b) > limit); }
   static int32_t reduce_add(I v) { return v; }
   static void look_up(const uint8_t* table, int, int64_t count, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) codes[i] = table[codes[i]];
   }
-  static void store_i16(int16_t* p, I a, I b) {
-    p[0] = static_cast<int16_t>(a);
-    p[1] = static_cast<int16_t>(b);
-  }
+  static void store_codes(int16_t* p, Codes codes) { p[0] = codes.a, p[1] = codes.b; }
   static F load_bf16(const uint16_t* p) {
     const uint32_t bits = static_cast<uint32_t>(*p) << 16;
     float v;

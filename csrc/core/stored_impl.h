@@ -1,11 +1,12 @@
 // Weights of every width as a micro-kernel loads them, unpacked in registers: for few rows, which would use what is
-// unpacked into memory only once, at most kFewRows. Written once over a vector of bytes. Included inside a target
-// region.
+// unpacked into memory only once, or where it costs nothing. Written once over a vector of bytes. Included inside a
+// target region.
 #pragma once
 
 namespace ocsquant {
 namespace {
 
+// That 256-bit kernels unpack for in registers.
 constexpr int64_t kFewRows = 4;
 
 // What is between the stored numbers and the bytes to be multiplied.

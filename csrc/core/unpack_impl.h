@@ -57,14 +57,14 @@ class Panel {
         scratch_(scratch) {}
 
   // Groups [g, g + count) or fewer, of one scale, valid until the next call. Below 8 bits they are unpacked into the
-  // scratch, at most kUnpackedGroups, unless `as_stored`, which tables of 64 levels cannot be.
+  // scratch, at most kUnpackedGroups, unless `as_stored`.
   OCSQ_INLINE Block block(int64_t g, int64_t count, bool as_stored) {
     const int64_t base = w_.base_groups(), left = w_.n - first_column_;
     Block b = {stored(g), bounds_ + g / kSpan, nullptr, g, count, left < kPanel ? left : kPanel, w_.offset(), g == 0,
                8,         Mapping::none,       nullptr};
     if (w_.bits == 8 || (as_stored && g >= base)) {
       // As it is.
-    } else if (as_stored && (w_.levels == nullptr || w_.bits == 4)) {
+    } else if (as_stored) {
       if (g + count > base) b.groups = base - g;
       find_map(g);
       const bool shifted = w_.zero != nullptr || w_.offset() != 1 << (w_.bits - 1);

@@ -53,7 +53,7 @@ struct Tile : Strips<Tile, CodeRows, Block> {
   static constexpr auto rest_capacity = outlier_rests;
   static constexpr auto place = place_int8;
   static Offset offset(const uint8_t*) { return Offset::all; }
-  static bool unpacks(const uint8_t*) { return true; }
+  static bool unpacks(const uint8_t*, int64_t rows) { return rows <= kFewRows; }
 
   template <int R, int V, class S, bool kFetch>
   static OCSQ_INLINE void add_group(const CodeRows& a, const uint8_t* b, int g, const uint8_t* map, const uint8_t* next,

@@ -4,6 +4,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if __has_include(<sys/mman.h>)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -46,6 +50,17 @@ inline Float check_float(const char* op, const char* name, const Tensor& t) {
 // Asking first is a quarter of the price of an unconditional contiguous(), a trip through the dispatcher.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
+constexpr int64_t kHugePage = 2 << 20;
+
+// Memory that large is fresh at every call: a fault for every 4 KB of it would cost more than filling it.
+inline void want_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // The shim costs less than new_empty(), which goes through the dispatcher.
 // order: the dimensions from the outermost in memory to the innermost; as they stand where it is empty.
 inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype, const std::vector<int64_t>& order = {}) {
@@ -76,7 +91,9 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype, con
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor made(handle);
+  if (stride >= kHugePage / 4) want_huge_pages(made.mutable_data_ptr(), stride * made.element_size());
+  return made;
 }
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

@@ -27,16 +27,18 @@ void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k
 
 }  // namespace
 
+// Block by block of rows, as many for each thread as multiply() takes at a time: what was quantized is still in the
+// cache when it is multiplied.
 void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
   const LinearKernels& kernels = cpu_kernels().linear;
   const int64_t capacity = kernels.rest_capacity(w.depth(), how.max_outliers), row_bytes = kernels.row_bytes(w.depth());
-  const int64_t tiles = (m + kernels.row_tile - 1) / kernels.row_tile;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t chunks = m * w.k > kSerialValues ? std::min(tiles, threads) : 1;
-  const int64_t codes = align64(m * row_bytes), steps = align64(m * sizeof(float));
-  const int64_t rests = align64(m * capacity * sizeof(Rest)), counts = align64(m * sizeof(int32_t));
+  const int64_t threads = torch::stable::get_num_threads(), rows = std::min(m, kernels.row_block * threads);
+  const int64_t tiles = (rows + kernels.row_tile - 1) / kernels.row_tile;
+  const int64_t chunks = rows * w.k > kSerialValues ? std::min(tiles, threads) : 1;
+  const int64_t codes = align64(rows * row_bytes), steps = align64(rows * sizeof(float));
+  const int64_t rests = align64(rows * capacity * sizeof(Rest)), counts = align64(rows * sizeof(int32_t));
   const int64_t scratch = align64(quantize_scratch_bytes(w, kernels.row_tile));
-  const int64_t groups = w.group_channels > 0 ? align64(m * w.scale_groups() * sizeof(int32_t)) : 0;
+  const int64_t groups = w.group_channels > 0 ? align64(rows * w.scale_groups() * sizeof(int32_t)) : 0;
   const int64_t fixed = codes + steps + rests + 2 * counts;
   const Buffer buffer(fixed + groups + chunks * scratch);
   const Activations a = {buffer.at<uint8_t>(0),
@@ -45,26 +47,32 @@ void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how
                          buffer.at<int32_t>(codes + steps + rests),
                          buffer.at<int32_t>(codes + steps + rests + counts),
                          groups > 0 ? buffer.at<int32_t>(fixed) : nullptr,
-                         m,
+                         rows,
                          row_bytes,
                          capacity};
-  parallel_chunks(tiles, chunks, [&](int64_t i, int64_t first, int64_t last) {
-    kernels.quantize(x, dtype, how, w, a, first * kernels.row_tile, std::min(m, last * kernels.row_tile),
-                     buffer.at<void>(fixed + groups + i * scratch));
-  });
-  const int64_t panels = w.panels(), blocks = (m + kernels.row_block - 1) / kernels.row_block;
-  const auto multiply = [&](int64_t b, int64_t e) {
-    alignas(64) uint8_t scratch[kUnpackedGroups * kGroupBytes + 2 * kMaxRowBlock * kPanel * sizeof(int32_t)];
-    for (int64_t u = b; u < e; ++u) {
-      const int64_t first = u / panels * kernels.row_block;
-      (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
-          a, w, y, dtype, first, std::min(m, first + kernels.row_block), u % panels, scratch);
+  const int64_t value_bytes = dtype == Float::f32 ? sizeof(float) : sizeof(uint16_t);
+  for (int64_t begin = 0; begin < m; begin += rows) {
+    const int64_t count = std::min(rows, m - begin), count_tiles = (count + kernels.row_tile - 1) / kernels.row_tile;
+    const void* from = static_cast<const uint8_t*>(x) + begin * w.k * value_bytes;
+    void* to = static_cast<uint8_t*>(y) + begin * w.n * value_bytes;
+    parallel_chunks(count_tiles, std::min(chunks, count_tiles), [&](int64_t i, int64_t first, int64_t last) {
+      kernels.quantize(from, dtype, how, w, a, first * kernels.row_tile, std::min(count, last * kernels.row_tile),
+                       buffer.at<void>(fixed + groups + i * scratch));
+    });
+    const int64_t panels = w.panels(), blocks = (count + kernels.row_block - 1) / kernels.row_block;
+    const auto multiply = [&](int64_t b, int64_t e) {
+      alignas(64) uint8_t part[kUnpackedGroups * kGroupBytes + 2 * kMaxRowBlock * kPanel * sizeof(int32_t)];
+      for (int64_t u = b; u < e; ++u) {
+        const int64_t first = u / panels * kernels.row_block;
+        (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
+            a, w, to, dtype, first, std::min(count, first + kernels.row_block), u % panels, part);
+      }
+    };
+    if (count * w.n * w.k > kSerialProducts) {
+      torch::stable::parallel_for(0, panels * blocks, 1, multiply);
+    } else {
+      multiply(0, panels * blocks);
     }
-  };
-  if (m * w.n * w.k > kSerialProducts) {
-    torch::stable::parallel_for(0, panels * blocks, 1, multiply);
-  } else {
-    multiply(0, panels * blocks);
   }
 }
 

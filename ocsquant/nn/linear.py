@@ -18,6 +18,7 @@ from ocsquant.nn.quantized import Quantized
 from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NATIVE = (torch.float32, torch.bfloat16)  # of the operators
 
 
 class QuantizedLinear(Quantized):
@@ -110,9 +111,10 @@ class QuantizedLinear(Quantized):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.shape[-1:] != (self.in_features,):
-            raise ArgumentError("input", f"[..., {self.in_features}]", list(input.shape))
-        if input.dtype not in (torch.float32, torch.bfloat16):
+        shape = input.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ArgumentError("input", f"[..., {self.in_features}]", list(shape))
+        if input.dtype not in NATIVE:
             if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
             return self.forward(input.float()).to(input.dtype)
@@ -120,8 +122,17 @@ class QuantizedLinear(Quantized):
         b: dict[str, Any] = self._buffers
         a = self.activations
         if (inverse := b["input_inverse"]) is None:
-            limits = (a.bits, a.max_outliers, a.outlier_threshold, self.group_size)
-            operands = (input, b["packed"], b["scale"], b["bias"], b["tail_index"], *limits)
+            operands = (
+                input,
+                b["packed"],
+                b["scale"],
+                b["bias"],
+                b["tail_index"],
+                a.bits,
+                a.max_outliers,
+                a.outlier_threshold,
+                self.group_size,
+            )
             if self.weight_bits == BYTE and not (input.requires_grad and torch.is_grad_enabled()):
                 return QUANTIZED_LINEAR(*operands)  # past the operator's Python face, for the same reason
             return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])

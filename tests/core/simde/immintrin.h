@@ -72,7 +72,20 @@ inline uint32_t unequal_i16(simde__m512i a, simde__m512i b) {
   return out;
 }
 
-// Reads nothing of what is masked out.
+inline uint32_t greater_i16(simde__m512i a, simde__m512i b) {
+  const simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b);
+  uint32_t out = 0;
+  for (int i = 0; i < 32; ++i) out |= static_cast<uint32_t>(x.i16[i] > y.i16[i]) << i;
+  return out;
+}
+
+// These read nothing of what is masked out.
+inline simde__m512i load_some_i16(uint32_t mask, const int16_t* p) {
+  simde__m512i_private out;
+  for (int i = 0; i < 32; ++i) out.i16[i] = mask >> i & 1 ? p[i] : 0;
+  return simde__m512i_from_private(out);
+}
+
 inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float* p) {
   simde__m512_private out = simde__m512_to_private(rest);
   for (int i = 0; i < 16; ++i) {
@@ -91,3 +104,7 @@ inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float*
 #define _mm512_cvtepu16_epi32 shim::widen_u16
 #define _mm512_cvtepi32_epi16 shim::truncate_to_i16
 #define _mm512_cmpneq_epi16_mask shim::unequal_i16
+#undef _mm512_cmpgt_epi16_mask
+#define _mm512_cmpgt_epi16_mask shim::greater_i16
+#undef _mm512_maskz_loadu_epi16
+#define _mm512_maskz_loadu_epi16 shim::load_some_i16
