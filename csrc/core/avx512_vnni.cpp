@@ -48,7 +48,7 @@ struct Tile {
   static constexpr int kRows = 6;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 128, kDepthBlockFew = 1024;
   static constexpr int kVectors = kPanel / 16;
-  static constexpr int64_t kPrefetch = 4096;
+  static constexpr int64_t kPrefetch = 8192;
 
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;

@@ -55,9 +55,9 @@ constexpr int64_t kHugePage = 2 << 20;
 // Memory that large is fresh at every call: a fault for every 4 KB of it would cost more than filling it.
 inline void want_huge_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + bytes;
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), first = begin / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);
 #endif
 }
 
