@@ -126,10 +126,17 @@ class Panel {
       std::memset(map_, w_.offset() - (1 << (w_.bits - 1)), kGroupBytes);
     } else {
       const uint8_t* zero = w_.zero + of * w_.n + first_column_;
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const int shift = first_column_ + j < w_.n ? w_.offset() - zero[j] : 0;
-        std::memset(map_ + j * kGroup, shift, kGroup);
+      const int64_t left = w_.n - first_column_;
+      uint8_t some[kPanel] = {};
+      if (left < kPanel) {
+        std::memcpy(some, zero, left);
+        zero = some;
       }
+      // Four times the same byte, for all columns alike: the compiler makes vectors of it.
+      const uint32_t offset = static_cast<uint32_t>(w_.offset());
+      uint32_t shifts[kPanel];
+      for (int64_t j = 0; j < kPanel; ++j) shifts[j] = (offset - zero[j]) * 0x01010101u;
+      std::memcpy(map_, shifts, sizeof(shifts));
     }
   }
 

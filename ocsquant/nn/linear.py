@@ -15,7 +15,7 @@ from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.quantized import Quantized
-from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR
+from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_NARROW
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE = (torch.float32, torch.bfloat16)  # of the operators
@@ -133,9 +133,12 @@ class QuantizedLinear(Quantized):
                 a.outlier_threshold,
                 self.group_size,
             )
-            if self.weight_bits == BYTE and not (input.requires_grad and torch.is_grad_enabled()):
-                return QUANTIZED_LINEAR(*operands)  # past the operator's Python face, for the same reason
-            return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
+            if input.requires_grad and torch.is_grad_enabled():
+                return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
+            # Past the operator's Python face, for the same reason.
+            if self.weight_bits == BYTE:
+                return QUANTIZED_LINEAR(*operands)
+            return QUANTIZED_LINEAR_NARROW(*operands, self.weight_bits, b["zero"], b["levels"])
         return ops.scale_folded_linear(
             input,
             b["packed"],

@@ -12,7 +12,7 @@ from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
 QUANTIZED_LINEAR = compiled.quantized_linear.default
-_quantized_linear_narrow = compiled.quantized_linear_narrow.default
+QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 _quantized_linear_train = compiled.quantized_linear_train.default
 _scale_folded_linear = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
@@ -61,7 +61,7 @@ def quantized_linear(
         return _quantized_linear_train(*operands, weight_bits, zero, levels)
     if weight_bits is BYTE and zero is None and levels is None:
         return QUANTIZED_LINEAR(*operands)
-    return _quantized_linear_narrow(*operands, weight_bits, zero, levels)
+    return QUANTIZED_LINEAR_NARROW(*operands, weight_bits, zero, levels)
 
 
 def scale_folded_linear(
