@@ -88,9 +88,8 @@ def torchao(make: Callable[[], Any], bits: int, compiled: bool = False) -> Peer:
         importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
         torch._dynamo.reset()
         torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-        with torch.no_grad():
-            fast = torch.compile(module)
-            fast(x), fast(x)
+        fast = torch.compile(module)
+        fast(x), fast(x)
         return lambda: fast(x)
 
     return Peer(bits, prepare, "torchao", native=True)
@@ -279,6 +278,7 @@ def prepared(name: str, peer: Peer, layer: nn.Linear, x: Tensor, missing: dict[s
     return run
 
 
+@torch.inference_mode()
 def seconds(run: Run) -> float:
     begin = time.process_time()
     run()

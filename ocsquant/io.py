@@ -25,9 +25,12 @@ from ocsquant.errors import (
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
+from ocsquant.folding import BATCH_NORMS, FOLDED, FoldedBatchNorm
+from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import (
     FORMS,
     FakeQuantizeInput,
+    Quantized,
     QuantizedLinear,
     QuantizedMultiheadAttention,
     SplitConv,
@@ -36,12 +39,13 @@ from ocsquant.nn import (
 )
 from ocsquant.nn.linear import FLOATS
 from ocsquant.records import layer_from
-from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_class
+from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_channels_last, set_class
 
-VERSION = 5
+VERSION = 6
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
+ENTRIES = {"version", "layers", "attention", "attributes", "folded", "channels_last", "aliases", "sha256", "report"}
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -54,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("path", path, (str, os.PathLike), "a path")
     layers: dict[str, Any] = {}
-    attention, attributes = [], []
+    attention, attributes, folded, channels_last = [], [], [], []
     for name, module in quantized_modules(model):
         layers[name] = module.settings()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -64,6 +68,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             attention.append(name)
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             attributes += [[name, a, module.__dict__[a]] for a in SWITCHED_OFF if not module.__dict__.get(a, True)]
+        elif type(module) is nn.Conv2d and module.weight.is_contiguous(memory_format=torch.channels_last):
+            channels_last.append(name)
+        if isinstance(module, FoldedBatchNorm) or module.__dict__.get(FOLDED):
+            folded.append(name)
     if not layers:
         raise ArgumentError("model", "a model with quantized layers", type(model).__name__)
     tensors, aliases = _unique(model.state_dict())
@@ -72,6 +80,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "layers": layers,
         "attention": attention,
         "attributes": attributes,
+        "folded": folded,
+        "channels_last": channels_last,
         "aliases": aliases,
         "sha256": {name: _sha256(t) for name, t in tensors.items()},
         "report": reporting.layers_to_json(model.__dict__.get(reporting.ATTRIBUTE, ())),
@@ -177,7 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UnsupportedVersionError(f"{path} has format version {version!r}, this ocsquant reads {VERSION}")
     if digest != _digest(record):
         raise CorruptCheckpointError(f"{path}: its '{KEY}' metadata does not match its digest")
-    if set(record) != {"version", "layers", "attention", "attributes", "aliases", "sha256", "report"}:
+    if set(record) != ENTRIES:
         raise CorruptCheckpointError(f"{path}: its '{KEY}' metadata has unknown or missing entries")
     if set(record["sha256"]) != set(tensors):
         raise CorruptCheckpointError(f"{path}: the tensors and their checksums differ in number or name")
@@ -206,7 +216,8 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
             raise SchemaMismatchError(f"the file has a quantized layer '{path}', the model has no such module")
         prefix = f"{path}." if path else ""
         names = [*LAYER_TENSORS, *(f"{part}.{n}" for part in settings.get("parts", ()) for n in LAYER_TENSORS)]
-        new = layer_from(path, old, settings, {n: left.pop(prefix + n) for n in names if prefix + n in left})
+        own = {n: left.pop(prefix + n) for n in names if prefix + n in left}
+        new = layer_from(path, old, settings, own, path in record["folded"])
         module = made.setdefault(id(old), inherit(new, old))
         changes.append(become(old, module))
     for name in record["attention"]:
@@ -219,12 +230,33 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
         if attribute not in SWITCHED_OFF or name not in modules or value:
             raise SchemaMismatchError(f"the file sets '{attribute}' of '{name}', which the model does not have")
         changes.append(set_attribute(modules[name], attribute, value))
-    changes += _place_floats(model, left, set(record["layers"]))
+    norms = {name for name in record["folded"] if isinstance(modules.get(name), (*BATCH_NORMS, FoldedBatchNorm))}
+    for name in record["folded"]:
+        changes += _place_folded(name, modules.get(name), left)
+    changes += _place_floats(model, left, {*record["layers"], *norms})
+    for name in record["channels_last"]:
+        if type(modules.get(name)) is not nn.Conv2d:
+            raise SchemaMismatchError(f"the file has a Conv2d '{name}', the model {type(modules.get(name)).__name__}")
+        changes.append(set_channels_last(modules[name]))
     try:
         layers = tuple(reporting.Layer(**row) for row in record["report"])
     except TypeError as error:
         raise CorruptCheckpointError(f"the file's report cannot be read: {error}") from error
     return [*changes, set_attribute(model, reporting.ATTRIBUTE, layers or None)]
+
+
+def _place_folded(path: str, module: nn.Module | None, left: dict[str, Tensor]) -> list[Change]:
+    """A BatchNorm that its convolution has taken over, or such a convolution, which has got a bias by that."""
+    if isinstance(module, (*BATCH_NORMS, FoldedBatchNorm)):
+        return [become(module, inherit(FoldedBatchNorm(), module))]
+    if module is None or not (type(module) in CONVOLUTIONS or isinstance(module, Quantized)):
+        kind = type(module).__name__
+        raise SchemaMismatchError(f"the file has a BatchNorm folded into or taken from '{path}', the model {kind}")
+    changes = [set_attribute(module, FOLDED, True)]
+    if type(module) in CONVOLUTIONS and module.bias is None and (bias := left.pop(f"{path}.bias", None)) is not None:
+        store, value = module._parameters, nn.Parameter(bias)
+        changes.append((lambda: store.__setitem__("bias", value), lambda: store.__setitem__("bias", None)))
+    return changes
 
 
 def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]) -> list[Change]:

@@ -36,8 +36,8 @@ def kind_of_layer(module: nn.Module) -> str | None:
 class Check:
     """Raises CorruptCheckpointError that names the layer."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, new_bias: bool = False) -> None:
+        self.path, self.new_bias = path, new_bias
 
     def __call__(self, condition: bool, text: str) -> None:
         if not condition:
@@ -60,9 +60,14 @@ class Check:
         return t.numel()
 
 
-def layer_from(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor]) -> Quantized:
-    """The quantized form of `old` that a file describes. Raises CorruptCheckpointError and SchemaMismatchError."""
-    check = Check(path)
+def layer_from(
+    path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], new_bias: bool = False
+) -> Quantized:
+    """The quantized form of `old` that a file describes, with a bias whatever it had if `new_bias`.
+
+    Raises CorruptCheckpointError and SchemaMismatchError.
+    """
+    check = Check(path, new_bias)
     kind = settings.get("kind")
     readers = {
         "QuantizedLinear": _quantized_linear,
@@ -139,10 +144,13 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
         raise SchemaMismatchError(f"layer '{path}' is {wanted} in the file, {had} in the model")
     own = {key.removeprefix("product."): tensor for key, tensor in t.items()}
     product = _linear(settings["parts"]["product"], own, check)
-    new = QuantizedConv(old, product)
+    last = settings["channels_last"]
+    allowed = (None,) if settings["origin"] == "Conv1d" else (None, True, False)
+    check(any(last is value for value in allowed), "channels_last must be null, true or false")
+    new = QuantizedConv(old, product, last)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
     check(product.input_inverse is None and product.group_size == 0, "it has input scales or groups")
-    _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None)
+    _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None, check.new_bias)
     return new
 
 
@@ -191,7 +199,7 @@ def _weight_only(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check(len(shape) > 1 and all(type(s) is int and s > 0 for s in shape), "sizes must be whole numbers")
     if kind_of_layer(old) != origin:
         raise SchemaMismatchError(f"the file has a weight-only {origin} '{path}', the model {type(old).__name__}")
-    _check_sizes(path, old, shape, "bias" in t)
+    _check_sizes(path, old, shape, "bias" in t, check.new_bias)
     n, k = shape[0], torch.Size(shape[1:]).numel()
     groups = -(-k // size)
     check({"packed", "scale"} <= set(t), "packed and scale must be there")

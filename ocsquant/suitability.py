@@ -7,9 +7,11 @@ from torch import Tensor, nn
 from ocsquant.config import Recipe
 from ocsquant.nn import form_of
 from ocsquant.nn.recurrent import part_names, part_sizes, recurrent_form
+from ocsquant.ops import cpu_isa
 
 # Channels in and out of a convolution whose kernel is one element, for inputs that lie channels last, and first.
 POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
+SMALLEST_VNNI = 32  # channels in and out of any kernel, on a CPU whose integer products are that much faster
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
@@ -28,6 +30,8 @@ def pays(out_features: int, in_features: int) -> bool:
 
 def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
     """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
+    if "vnni" in cpu_isa()[0]:
+        return min(module.in_channels, module.out_channels) >= SMALLEST_VNNI
     if module.kernel_size.count(1) == len(module.kernel_size):
         last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
         smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -43,6 +44,22 @@ def become(module: nn.Module, new: nn.Module) -> Change:
 def set_class(module: nn.Module, cls: type) -> Change:
     old = module.__class__
     return lambda: object.__setattr__(module, "__class__", cls), lambda: object.__setattr__(module, "__class__", old)
+
+
+def set_channels_last(convolution: nn.Conv2d) -> Change:
+    """How the weight lies that it has by then: that of the output follows."""
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def do() -> None:
+        weight = convolution.weight
+        before.append((weight, weight.data))
+        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+    def undo() -> None:
+        for weight, data in before:
+            weight.data = data
+
+    return do, undo
 
 
 _ABSENT = object()

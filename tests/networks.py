@@ -118,6 +118,25 @@ def parametrized() -> nn.Module:
     return nn.Sequential(nn.Linear(128, 128), parametrizations.weight_norm(nn.Linear(128, 128)), nn.Linear(128, 32))
 
 
+class Residual(nn.Module):
+    """Convolutions and BatchNorms that follow each other in the forward alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn1 = nn.Conv2d(3, 96, 3, bias=False), nn.BatchNorm2d(96)
+        self.body, self.bn2 = nn.Conv2d(96, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96)
+        self.last = nn.Conv2d(96, 96, 3, 2)
+        for norm in (self.bn1, self.bn2):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.stem(x)))
+        y = self.last(torch.relu(self.bn2(self.body(x)) + x))
+        return y.view(y.shape[0], -1)
+
+
 def tokens(limit: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(limit, (2, 5))
 
@@ -152,6 +171,7 @@ NETWORKS = {
         values(2, 4, 5, 5),
         {"recipe": split_recipe(max_overhead=0.05), "fold_batchnorm": True, "simulate": True},
     ),
+    "residual": Network(Residual, values(2, 3, 9, 9), {"fold_batchnorm": True}),
     "bfloat16": Network(
         lambda: mlp().bfloat16(),
         values(3, 128, dtype=torch.bfloat16),

@@ -21,20 +21,29 @@ class QuantizedConv(Quantized):
 
     One step for each sample, for kernels of one element for each pixel. Built by `ocsquant.quantize`.
     `product` holds weight and bias, its inputs in the order [kernel][channels]. The output of a Conv2d lies in memory
-    as its input does, contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
+    channels last (which is faster) or contiguous where `channels_last` is True or False, as its input where it is None.
+    Takes float32, bfloat16, float16 or float64;
     returns the same dtype.
     """
 
     kernel = "quantized_conv2d"
 
-    def __init__(self, like: Any, product: QuantizedLinear) -> None:
+    def __init__(self, like: Any, product: QuantizedLinear, channels_last: bool | None = None) -> None:
         """like: a module (or anything else) with the attributes `SETTINGS`."""
         super().__init__()
+        self.channels_last = channels_last
         for name in SETTINGS:
             value = getattr(like, name)
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
         self.origin = f"Conv{len(self.kernel_size)}d"
-        self._reversed_padding_repeated_twice = _sides(self)
+        self._sides = _sides(self)
+        before, after = self._sides[::2][::-1], self._sides[1::2][::-1]
+        # What the padding of the operator cannot express is put around the input before.
+        self._pads = self.padding_mode != "zeros" or before != after
+        self._zeros = (0,) * len(before) if self._pads else tuple(before)
+        sizes = ((self.kernel_size, 1), (self.stride, 1), (self._zeros, 0), (self.dilation, 1))
+        two = len(self.kernel_size) == 2
+        self._window = [size for given, height in sizes for size in (given if two else (height, *given))]
         self.product = product
 
     kernel_size: tuple[int, ...]
@@ -92,35 +101,41 @@ class QuantizedConv(Quantized):
     def _integer(self, input: Tensor) -> Tensor:
         dims, p = len(self.kernel_size), self.product
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
-        x, padding = self._padded(x.float())
+        x = self._padded(x if x.dtype == torch.float32 else x.float())
         x = x if dims == 2 else x.unsqueeze(2)
-        sizes = ((self.kernel_size, 1), (self.stride, 1), (padding, 0), (self.dilation, 1))
-        window = [size for given, height in sizes for size in (given if dims == 2 else (height, *given))]
         a = p.activations
-        limits = (a.bits, a.max_outliers, a.outlier_threshold)
-        operands: tuple[Any, ...] = (p.packed, p.scale, p.bias, p.tail_index, *window, *limits, p.weight_bits)
-        y = ops.quantized_conv2d(x, *(*operands, p.zero, p.levels))
+        b: dict[str, Any] = p._buffers
+        operands: tuple[Any, ...] = (
+            *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
+            *self._window,
+            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.channels_last),
+        )
+        y = ops.quantized_conv2d(*operands)
         y = y if dims == 2 else y.squeeze(2).contiguous()
-        return (y if input.dim() == dims + 2 else y.squeeze(0)).to(input.dtype)
+        y = y if input.dim() == dims + 2 else y.squeeze(0)
+        return y if input.dtype == torch.float32 else y.to(input.dtype)
 
     def _float(self, input: Tensor) -> Tensor:
-        x, padding = self._padded(input)
+        x = self._padded(input)
         convolution: Any = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return convolution(x, self.weight.to(x.dtype), bias, self.stride, padding, self.dilation)
+        return convolution(x, self.weight.to(x.dtype), bias, self.stride, self._zeros, self.dilation)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        """The input with what its own padding cannot express already around it, and the zeros still to come."""
-        sides = self._reversed_padding_repeated_twice
-        before, after = sides[::2][::-1], sides[1::2][::-1]
-        if self.padding_mode == "zeros" and before == after:
-            return x, tuple(before)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, sides, mode=mode), (0,) * len(before)
+    def _padded(self, x: Tensor) -> Tensor:
+        if not self._pads:
+            return x
+        return F.pad(x, self._sides, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS}
-        return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
+        parts = {"product": self.product.settings()}
+        return {
+            "kind": "QuantizedConv",
+            "origin": self.origin,
+            **own,
+            "channels_last": self.channels_last,
+            "parts": parts,
+        }
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in SETTINGS if name != "groups")

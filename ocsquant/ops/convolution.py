@@ -32,6 +32,7 @@ def quantized_conv2d(
     weight_bits: int = 8,
     zero: Tensor | None = None,
     levels: Tensor | None = None,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """2d convolution (without groups) with integer weights, quantizing each sample of `x` on the way in.
 
@@ -54,9 +55,10 @@ def quantized_conv2d(
         activation_bits: 2..8.
         max_outliers: 0..64; 0 is plain dynamic quantization.
         outlier_threshold: 2..1e6, in units of the sample's root mean square.
+        channels_last: how the result lies in memory, True channels last, False contiguous, None as `x`.
 
     Returns:
-        float32 [samples, n, out height, out width], in memory as `x`. A sample (a pixel) with NaN or Inf gives NaN.
+        float32 [samples, n, out height, out width]. A sample (a pixel) with NaN or Inf gives NaN.
     """
     return _quantized_conv2d(
         x,
@@ -78,6 +80,7 @@ def quantized_conv2d(
         weight_bits,
         zero,
         levels,
+        channels_last,
     )
 
 
@@ -92,5 +95,7 @@ def _(*args: Any) -> Tensor:
         for side, size in zip("hw", x.shape[2:], strict=True)
     ]
     y = x.new_empty((x.shape[0], a["scale"].shape[0], *out))
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last = a["channels_last"]
+    if last is None:
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.to(memory_format=torch.channels_last) if last else y
