@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import bind, compiled
+from ocsquant.ops.library import bind, check_flag, compiled
 
 _quantized_conv2d = compiled.quantized_conv2d.default
 
@@ -60,6 +60,8 @@ def quantized_conv2d(
     Returns:
         float32 [samples, n, out height, out width]. A sample (a pixel) with NaN or Inf gives NaN.
     """
+    if channels_last is not None:
+        check_flag("quantized_conv2d", "channels_last", channels_last)
     return _quantized_conv2d(
         x,
         packed,
