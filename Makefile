@@ -21,9 +21,10 @@ lint: $(VENV)/.installed
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
+# Speed only; accuracy: benchmarks/tables.py.
 bench: ocsquant/_C.so $(VENV)/.demo
-	$(PY) benchmarks/linear.py --short
-	$(PY) benchmarks/runtime_ocs.py --short
+	for name in linear peers small_layers runtime_ocs models recurrent convolution resnet elementwise; do \
+		echo "== $$name"; $(PY) benchmarks/$$name.py --short || exit 1; done
 
 build: ocsquant/_C.so
 

@@ -294,7 +294,7 @@ def measure_cell(size: tuple[int, int], m: int, args: argparse.Namespace, missin
     for name, made in OURS.items():
         calls[name] = Call(made.prepare(layer, x))
     for name, peer in PEERS.items():
-        if args.eager and "compiled" in name:
+        if "compiled" in name and not args.compile:
             continue
         run = prepared(name, peer, layer, x, missing)
         if run is not None:
@@ -315,7 +315,7 @@ def contest(cell: dict[str, Any], ours_name: str, member: Callable[[str, Peer], 
 
 def main() -> None:
     options = measure.parser(__doc__)
-    options.add_argument("--eager", action="store_true", help="without what must be compiled (a minute a layer)")
+    options.add_argument("--compile", action="store_true", help="with what must be compiled (half a minute a cell)")
     args = options.parse_args()
     threads = str(args.threads)
     if os.environ.get("OMP_NUM_THREADS") != threads:  # read at the import of peers that have threads of their own

@@ -13,11 +13,14 @@ struct Total {
   }
 };
 
+// Fetches the next row too, for which memory would have nothing to do meanwhile.
 struct SquaresAround {
+  int64_t d;
   Simd::F mean;
   LaneSum sum;
-  OCSQ_INLINE explicit SquaresAround(float m) : mean(Simd::set1(m)), sum() {}
+  OCSQ_INLINE SquaresAround(int64_t count, float m) : d(count), mean(Simd::set1(m)), sum() {}
   OCSQ_INLINE void operator()(const float* p, int64_t) {
+    for (int line = 0; line < kLanes; line += 16) __builtin_prefetch(p + d + line, 0, 1);
     for (int v = 0; v < kVectors; ++v) {
       const Simd::F z = Simd::sub(Simd::load(p + v * Simd::W), mean);
       sum.lane[v] = Simd::add(sum.lane[v], Simd::mul(z, z));
@@ -25,7 +28,8 @@ struct SquaresAround {
   }
 };
 
-// Powers of w = (y - mean) / deviation: nothing overflows, whatever the size of y.
+// Powers of w = (y - mean) / deviation: nothing overflows, whatever the size of y. The gradient alone needs the cubes.
+template <bool kCubes>
 struct HigherPowers {
   Simd::F mean, inverse;
   LaneSum cubes, fourths;
@@ -33,7 +37,7 @@ struct HigherPowers {
   OCSQ_INLINE void operator()(const float* p, int64_t) {
     for (int v = 0; v < kVectors; ++v) {
       const Simd::F w = Simd::mul(Simd::sub(Simd::load(p + v * Simd::W), mean), inverse), w2 = Simd::mul(w, w);
-      cubes.lane[v] = Simd::add(cubes.lane[v], Simd::mul(w2, w));
+      if (kCubes) cubes.lane[v] = Simd::add(cubes.lane[v], Simd::mul(w2, w));
       fourths.lane[v] = Simd::add(fourths.lane[v], Simd::mul(w2, w2));
     }
   }
@@ -46,12 +50,13 @@ struct Moments {
   float kurtosis;
 };
 
+template <bool kSkewness>
 inline Moments moments_of(const float* y, int64_t d) {
   const float count = static_cast<float>(d);
   Total total;
   for_blocks(y, d, total);
   const float mean = total.sum.total() / count;
-  SquaresAround squares(mean);
+  SquaresAround squares(d, mean);
   for_blocks(y, d, squares, mean);
   const float variance = squares.sum.total() / count;
   if (!(variance <= std::numeric_limits<float>::max())) {
@@ -62,12 +67,12 @@ inline Moments moments_of(const float* y, int64_t d) {
   // What rounding leaves of a constant row is not its shape: m2 <= 1e-10 of the mean square.
   if (d == 1 || deviation <= 1e-5f * std::fabs(mean) || variance < 0x1p-100f) return {mean, 0.0f, 0.0f, 0.0f};
   const float inverse = 1.0f / deviation;
-  HigherPowers powers(mean, inverse);
+  HigherPowers<kSkewness> powers(mean, inverse);
   for_blocks(y, d, powers, mean);
   return {mean, inverse, powers.cubes.total() / count, powers.fourths.total() / count};
 }
 
-inline float kurtosis(const float* y, int64_t d) { return moments_of(y, d).kurtosis; }
+inline float kurtosis(const float* y, int64_t d) { return moments_of<false>(y, d).kurtosis; }
 
 // out = grad + c (w^3 - skewness - K w)
 template <bool kGrad>
@@ -106,7 +111,7 @@ struct KurtosisGradient {
 
 inline float add_kurtosis_gradient(const float* grad, const float* y, int64_t d, float factor, float target,
                                    float* out) {
-  const Moments m = moments_of(y, d);
+  const Moments m = moments_of<true>(y, d);
   // Not the other way round: a row with NaN must not lose it here.
   if (m.inverse == 0.0f || m.kurtosis <= target || factor == 0.0f) {
     if (grad != nullptr) {
