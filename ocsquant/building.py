@@ -224,8 +224,7 @@ def _describe(
         stored_bytes(q, plan, m.positions) for (m, plan), q in zip(found, quantized, strict=True)
     )
     layer.split_channels = sum(int((plan.copies > 1).sum()) for _, plan in found if plan is not None)
-    values = torch.cat([m.values.flatten() for m, _ in found])
-    layer.sqnr = weight_sqnr(values, torch.cat([q.dequantize().flatten() for q in quantized]))
+    layer.sqnr = weight_sqnr((m.values, q) for (m, _), q in zip(found, quantized, strict=True))
     return layer
 
 

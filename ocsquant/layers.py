@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,8 +89,8 @@ def range_limit(weights: Weights) -> int:
 
 
 def _check_finite(values: Tensor, where: str) -> None:
-    bad = ~values.isfinite()
-    if bad.any():
+    if values.numel() and not all(map(math.isfinite, values.aminmax())):
+        bad = ~values.isfinite()
         raise NonFiniteError(where.lstrip("."), int(bad.sum()), int(bad.flatten().nonzero()[0]))
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ocsquant import ops
-from ocsquant.methods import clip, ocs
+from ocsquant.methods import clip, grid, ocs
 from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, quantize_weight, weight_sqnr
 from ocsquant.methods.tokens import quantize_tokens
 
@@ -209,10 +209,28 @@ def test_clips_stay_within_the_largest_value_and_cut_a_lone_outlier(method):
     assert (threshold < 20).all()
 
 
-def test_sqnr():
-    w = torch.randn(10, 10)
-    assert weight_sqnr(w, w) == math.inf
-    assert weight_sqnr(w, w * 0.9) == pytest.approx(20.0, abs=1e-3)
+def test_sqnr(monkeypatch):
+    monkeypatch.setattr(grid, "ROWS_OF", 64)
+    w = torch.randint(-127, 128, (50, 20)).float()
+    w[:, 0] = 127
+    assert weight_sqnr([(w, quantize_weight(w, 8))]) == math.inf
+    noisy = quantize_weight(w, 4, "group", 8)
+    expected = 10 * torch.log10(w.double().square().sum() / (w - noisy.dequantize()).double().square().sum())
+    assert weight_sqnr([(w, noisy)]) == pytest.approx(float(expected), abs=1e-3)
+    large = w * 2.0**100
+    assert weight_sqnr([(large, quantize_weight(large, 4, "group", 8))]) == pytest.approx(float(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize(("granularity", "size"), [("channel", 128), ("group", 16), ("group", 24)])
+def test_rows_quantized_a_part_at_a_time_are_the_same(monkeypatch, bits, granularity, size):
+    monkeypatch.setattr(grid, "ROWS_OF", 200)
+    w = torch.randn(23, 64)
+    w[3] = 0
+    once = quantize_weight(w, bits, granularity, size, ranges=torch.ones(64, dtype=torch.int32))
+    parts = quantize_weight(w, bits, granularity, size)
+    assert torch.equal(parts.codes, once.codes)
+    assert torch.equal(parts.scale, once.scale)
 
 
 @pytest.mark.parametrize(("bits", "cap", "threshold"), [(8, 16, 4.0), (6, 4, 2.0), (4, 64, 3.0), (8, 0, 4.0)])

@@ -6,7 +6,9 @@ split); with a zero point clamp(rint(w * (1 / scale)) + zero, 0, 2^bits - 1); wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ocsquant.methods.clip import clip_range, clip_threshold
 
 SMALLEST_SCALE = 2.0**-120  # below it 1 / scale and scale * code leave float32's normal range
 TAIL_LIMIT = 127  # a tail column is int8
+ROWS_OF = 2**20  # values that are quantized at a time, where rows do not depend on each other
 
 
 def code_limit(bits: int) -> int:
@@ -88,6 +91,17 @@ class QuantizedWeight:
             blocks = blocks - self.zero[:, :, None]
         return (blocks * self.scale[:, :, None]).reshape(blocks.shape[0], -1)[:, : self.codes.shape[1]]
 
+    def rows(self, first: int, last: int) -> QuantizedWeight:
+        """The same of rows [first, last) alone."""
+        own = self.levels is not None and self.levels.shape[0] > 1
+        return replace(
+            self,
+            codes=self.codes[first:last],
+            scale=self.scale[first:last],
+            zero=None if self.zero is None else self.zero[first:last],
+            levels=self.levels[first:last] if own and self.levels is not None else self.levels,
+        )
+
     def base_and_tail(self) -> tuple[Tensor, Tensor, Tensor]:
         """base int8 [n, k], tail int8 [n, e], tail_index int32 [e]: base + tail gives the integers.
 
@@ -108,7 +122,8 @@ def _look_up(levels: Tensor, codes: Tensor) -> Tensor:
 def blocked(w: Tensor, group_size: int) -> Tensor:
     """[n, k] as [n, groups, group_size], zeros behind the last columns."""
     n, k = w.shape
-    return torch.nn.functional.pad(w, (0, -k % group_size)).reshape(n, -1, group_size)
+    missing = -k % group_size
+    return (torch.nn.functional.pad(w, (0, missing)) if missing else w).reshape(n, -1, group_size)
 
 
 def usable_scale(scale: Tensor) -> Tensor:
@@ -133,8 +148,10 @@ def quantize_weight(
     n, k], the second moments of the inputs, weigh the errors of clip "output".
     """
     n, k = w.shape
-    ranges = torch.ones(k, dtype=torch.int32) if ranges is None else ranges
     size = group_length(k, granularity, group_size)
+    if ranges is None and symmetric and clip == "none" and granularity != "tensor" and step_threshold is None:
+        return _quantize_plain(w, bits, size)
+    ranges = torch.ones(k, dtype=torch.int32) if ranges is None else ranges
     weighing = None if moments is None else blocked(moments.expand(n, k), size)
     if not symmetric:
         return _quantize_asymmetric(w, bits, size, clip, ranges, weighing)
@@ -145,6 +162,21 @@ def quantize_weight(
     scale = usable_scale(step_threshold.float() / limit)
     codes = _uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit).reshape(n, -1)[:, :k]
     return QuantizedWeight(codes.to(torch.int16), scale, None, ranges, bits, size)
+
+
+def _quantize_plain(w: Tensor, bits: int, size: int) -> QuantizedWeight:
+    """The same for the most frequent case, a part of the rows at a time and without what only splits and clips need."""
+    n, k = w.shape
+    limit, rows = code_limit(bits), max(1, ROWS_OF // max(k, 1))
+    scale, codes = w.new_empty(n, -(-k // size)), torch.empty(n, k, dtype=torch.int16)
+    for i in range(0, n, rows):
+        blocks = blocked(w[i : i + rows], size)
+        low, high = blocks.aminmax(dim=-1)
+        part = scale[i : i + rows] = usable_scale(torch.maximum(high, -low) / limit)
+        codes[i : i + rows] = _uniform_codes(blocks, part[:, :, None], None, limit).reshape(-1, blocks[0].numel())[
+            :, :k
+        ]
+    return QuantizedWeight(codes, scale, None, torch.ones(k, dtype=torch.int32), bits, size)
 
 
 def _uniform_codes(w: Tensor, scale: Tensor, zero: Tensor | None, limit: Any) -> Tensor:
@@ -188,10 +220,20 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return torch.searchsorted(middle, values.contiguous()).to(torch.int16)
 
 
-def weight_sqnr(w: Tensor, dequantized: Tensor) -> float:
-    """Signal to quantization noise in dB; inf where nothing was lost."""
-    noise = (w.double() - dequantized.double()).square().sum()
-    signal = w.double().square().sum()
-    if noise == 0 or signal == 0:
-        return float("inf")
-    return float(10 * torch.log10(signal / noise))
+def weight_sqnr(pairs: Iterable[tuple[Tensor, QuantizedWeight]]) -> float:
+    """Signal to quantization noise in dB of weights [n, k] and their quantized forms; inf where nothing was lost."""
+    noise = signal = 0.0
+    for w, quantized in pairs:
+        rows = max(1, ROWS_OF // max(w.shape[1], 1))
+        for i in range(0, w.shape[0], rows):
+            part = w[i : i + rows]
+            noise += _power(quantized.rows(i, i + rows).dequantize().sub_(part))
+            signal += _power(part)
+    return 10 * math.log10(signal / noise) if noise and signal else math.inf
+
+
+def _power(t: Tensor) -> float:
+    """Sum of squares; in float32, which is four times as fast, where that does not leave its range."""
+    flat = t.flatten()
+    power = float(flat.dot(flat))
+    return power if 1e-30 < power < math.inf else float(flat.double().square().sum())
