@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 
+import baselines
 import measure
 import networks
 import torch
@@ -57,6 +58,15 @@ def table(
             lines = ocsquant.report(made).layers
             folded = sum(line.kernel == "scale_folded_linear" for line in lines)
             yield Row(network, f"W{bits}A{bits} {name}", score(made), f"{folded} folded")
+        if short:
+            continue
+        for outliers, name in ((0, "per token"), (16, "run-time OCS")):
+            recipe = Recipe(Weights(bits), PerToken(bits, max_outliers=outliers))
+            turned = baselines.rotated(copy.deepcopy(model))
+            made = ocsquant.quantize(turned, recipe, filter_fn=networks.no_embedding)
+            yield Row(network, f"W{bits}A{bits} Hadamard, {name}", score(made))
+        made = baselines.llm_int8(copy.deepcopy(model), bits)
+        yield Row(network, f"W{bits}A{bits} LLM.int8(), threshold 6", score(made))
 
 
 def minilm(short: bool) -> Iterator[Row]:

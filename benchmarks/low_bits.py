@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import baselines
 import measure
 import networks
 import torch
@@ -204,6 +205,13 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
         done = [line for line in ocsquant.report(made).layers if line.kernel]
         stored = 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)
         yield row(what, made, f"{stored:.2f}")
+    attention = not any(isinstance(module, nn.RNNBase) for module in subject.model.modules())
+    for grid, (bits, options) in GRIDS.items() if not short else ():
+        if attention:  # its scales are of linears
+            yield row(
+                f"{grid}, AWQ", baselines.awq(copy.deepcopy(subject.model), bits, options, subject.calibration), ""
+            )
+        yield row(f"{grid}, HQQ", baselines.hqq(copy.deepcopy(subject.model), bits, options), "")
     if subject.name == "stories260K":
         yield row("SplitQuant INT2, the authors' pipeline", authors_splitquant(copy.deepcopy(subject.model)), "")
     yield from bars(subject, {what: figure[0] for what, figure in figures.items()})

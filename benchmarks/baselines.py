@@ -1,0 +1,143 @@
+"""Other people's methods as simulations in float, beside ours in the tables: AWQ, HQQ, Hadamard, LLM.int8()."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ocsquant.methods.grid import blocked, code_limit, quantize_weight
+
+TOKENS = 512  # of a layer's inputs that AWQ's search looks at
+AWQ_STEPS = 20
+HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as its authors set them
+LLM_INT8_THRESHOLD = 6.0
+
+
+def linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Parent, name and module of every linear that the tables quantize: not of a head tied to an embedding."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and id(module.weight) not in embeddings:
+            yield model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], module
+
+
+def dequantized(w: Tensor, bits: int, options: dict[str, Any]) -> Tensor:
+    return quantize_weight(w, bits, **options).dequantize()
+
+
+@torch.no_grad()
+def awq(model: nn.Module, bits: int, options: dict[str, Any], batches: Iterable[Any]) -> nn.Module:
+    """Activation-aware scaling (arXiv 2306.00978): input channels times mean |x|^a, a by the error of the outputs."""
+    inputs = layer_inputs(model, [module for _, _, module in linears(model)], batches)
+    for _, _, module in linears(model):
+        w, x = module.weight, inputs[id(module)]
+        size = x.abs().mean(0).clamp(min=1e-4)
+
+        def scaled(power: float, w: Tensor = w, size: Tensor = size) -> Tensor:
+            s = size**power
+            s = s / (s.max() * s.min()).sqrt()
+            return dequantized(w * s, bits, options) / s
+
+        def error(power: float, w: Tensor = w, x: Tensor = x, scaled: Callable[[float], Tensor] = scaled) -> float:
+            return float((x @ (scaled(power) - w).T).square().sum())
+
+        w.copy_(scaled(min((step / AWQ_STEPS for step in range(AWQ_STEPS)), key=error)))
+    return model
+
+
+def layer_inputs(model: nn.Module, modules: list[nn.Linear], batches: Iterable[Any]) -> dict[int, Tensor]:
+    """Up to TOKENS inputs of each module, evenly out of all of its calls, by its id."""
+    seen: dict[int, list[Tensor]] = {id(module): [] for module in modules}
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[id(module)].append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    hooks = [module.register_forward_pre_hook(keep) for module in modules]
+    for batch in batches:
+        model(**batch) if isinstance(batch, dict) else model(batch)
+    for hook in hooks:
+        hook.remove()
+    found = {key: torch.cat(parts) for key, parts in seen.items()}
+    return {key: x[:: max(1, len(x) // TOKENS)][:TOKENS] for key, x in found.items()}
+
+
+@torch.no_grad()
+def hqq(model: nn.Module, bits: int, options: dict[str, Any]) -> nn.Module:
+    """Half-quadratic quantization (Badri and Shaji 2023): real zero points that leave few large errors; no data."""
+    weights = [module.weight for _, _, module in linears(model)]
+    weights += [
+        p for m in model.modules() if isinstance(m, nn.RNNBase) for n, p in m.named_parameters() if "weight" in n
+    ]
+    for w in weights:
+        n, k = w.shape
+        blocks = blocked(w, options.get("group_size", k) if options["granularity"] == "group" else k)
+        low, high = blocks.amin(-1, keepdim=True), blocks.amax(-1, keepdim=True)
+        step = (high - low).clamp(min=1e-8) / (2**bits - 1)
+        zero, beta = -low / step, HQQ_BETA
+
+        def grid(zero: Tensor, blocks: Tensor = blocks, step: Tensor = step) -> Tensor:
+            return (blocks / step + zero).round().clamp(0, 2**bits - 1)
+
+        for _ in range(HQQ_STEPS):
+            codes = grid(zero)
+            error = blocks - (codes - zero) * step
+            shrunk = (error.abs() - error.abs().clamp(min=1e-8) ** (HQQ_NORM - 1) / beta).clamp(min=0) * error.sign()
+            zero = (codes - (blocks - shrunk) / step).mean(-1, keepdim=True)
+            beta *= HQQ_GROWTH
+        w.copy_(((grid(zero) - zero) * step).reshape(n, -1)[:, :k])
+    return model
+
+
+class Rotation(nn.Module):
+    """x times a Hadamard matrix, in blocks of the largest power of two that divides its channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.size = channels & -channels
+        matrix = torch.ones(1, 1)
+        while len(matrix) < self.size:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        self.register_buffer("matrix", matrix / self.size**0.5)
+
+    matrix: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.unflatten(-1, (-1, self.size)) @ self.matrix).flatten(-2)
+
+
+@torch.no_grad()
+def rotated(model: nn.Module) -> nn.Module:
+    """Every linear behind a rotation of its inputs (QuaRot, arXiv 2404.00456, with what is done at run time alone)."""
+    for parent, name, module in linears(model):
+        turn = Rotation(module.in_features)
+        module.weight.copy_(turn(module.weight))
+        setattr(parent, name, nn.Sequential(turn, module))
+    return model
+
+
+class LLMInt8(nn.Module):
+    """LLM.int8() (arXiv 2208.07339): input channels with a value beyond 6 stay float, the rest is rounded per token."""
+
+    def __init__(self, layer: nn.Linear, bits: int) -> None:
+        super().__init__()
+        self.layer, self.bits = layer, bits
+        self.register_buffer("rounded", dequantized(layer.weight.detach(), bits, {}))
+
+    rounded: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        large = x.abs().reshape(-1, x.shape[-1]).amax(0) > LLM_INT8_THRESHOLD
+        small = x.masked_fill(large, 0.0)
+        step = small.abs().amax(-1, keepdim=True).clamp(min=1e-8) / code_limit(self.bits)
+        y = F.linear((small / step).round() * step, self.rounded, self.layer.bias)
+        return y + x[..., large] @ self.layer.weight[:, large].T
+
+
+def llm_int8(model: nn.Module, bits: int) -> nn.Module:
+    for parent, name, module in linears(model):
+        setattr(parent, name, LLMInt8(module, bits))
+    return model
