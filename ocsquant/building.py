@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from ocsquant.config import Recipe
-from ocsquant.graph import trace
 from ocsquant.layers import (
     RECURRENT,
     Matrix,
@@ -44,7 +43,7 @@ from ocsquant.nn.convolution import product_columns
 from ocsquant.nn.recurrent import part_names, recurrent_form
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
-from ocsquant.transaction import Change, become, inherit, set_attribute, set_channels_last, set_class
+from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
 from ocsquant.tying import tie
 
 
@@ -59,7 +58,6 @@ def build(
         (target, *_build_target(target, simulate, budget.get(id(target.module), {})))
         for target in in_turn(plan.targets)
     ]
-    changes += _lay_out(model, [(target.module, new) for target, new, _ in made])
     for target, new, layer in tie(made):
         inherit(new, target.source)
         if (
@@ -74,21 +72,6 @@ def build(
     layers += redirect(model, {id(target.module) for target in plan.targets}, changes)
     layers += [_left(model, *entry) for entry in plan.skipped]
     return changes, layers
-
-
-def _lay_out(model: nn.Module, made: list[tuple[nn.Module, nn.Module]]) -> list[Change]:
-    """Where the model cannot tell, the outputs of 2d convolutions lie channels last, which is faster; those of one that
-    stays float by its weight lying so.
-    """
-    convolutions = [(m, new) for m, new in made if isinstance(new, QuantizedConv) and len(new.kernel_size) == 2]
-    graph = trace(model)[0] if convolutions else None
-    if graph is None:
-        return []
-    anchors = {id(module) for module, _ in convolutions}
-    for module, new in convolutions:
-        new.channels_last = graph.hides_layout(module, anchors)
-    rest = {id(m): m for m in graph.modules.values() if type(m) is nn.Conv2d and id(m) not in anchors}
-    return [set_channels_last(m) for m in rest.values() if graph.hides_layout(m, anchors)]
 
 
 def _left(model: nn.Module, path: str, kind: str, reason: str) -> Layer:

@@ -25,7 +25,7 @@ from ocsquant.errors import (
     UnsupportedModuleError,
     UnsupportedVersionError,
 )
-from ocsquant.folding import BATCH_NORMS, FOLDED, FoldedBatchNorm
+from ocsquant.folding import BATCH_NORMS, FoldedBatchNorm
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import (
     FORMS,
@@ -39,13 +39,13 @@ from ocsquant.nn import (
 )
 from ocsquant.nn.linear import FLOATS
 from ocsquant.records import layer_from
-from ocsquant.transaction import Change, become, commit, inherit, set_attribute, set_channels_last, set_class
+from ocsquant.transaction import FOLDED, Change, become, commit, inherit, set_attribute, set_class
 
 VERSION = 6
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
-ENTRIES = {"version", "layers", "attention", "attributes", "folded", "channels_last", "aliases", "sha256", "report"}
+ENTRIES = {"version", "layers", "attention", "attributes", "folded", "aliases", "sha256", "report"}
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -58,7 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("path", path, (str, os.PathLike), "a path")
     layers: dict[str, Any] = {}
-    attention, attributes, folded, channels_last = [], [], [], []
+    attention, attributes, folded = [], [], []
     for name, module in quantized_modules(model):
         layers[name] = module.settings()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -68,8 +68,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             attention.append(name)
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)):
             attributes += [[name, a, module.__dict__[a]] for a in SWITCHED_OFF if not module.__dict__.get(a, True)]
-        elif type(module) is nn.Conv2d and module.weight.is_contiguous(memory_format=torch.channels_last):
-            channels_last.append(name)
         if isinstance(module, FoldedBatchNorm) or module.__dict__.get(FOLDED):
             folded.append(name)
     if not layers:
@@ -81,7 +79,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "attention": attention,
         "attributes": attributes,
         "folded": folded,
-        "channels_last": channels_last,
         "aliases": aliases,
         "sha256": {name: _sha256(t) for name, t in tensors.items()},
         "report": reporting.layers_to_json(model.__dict__.get(reporting.ATTRIBUTE, ())),
@@ -234,10 +231,6 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     for name in record["folded"]:
         changes += _place_folded(name, modules.get(name), left)
     changes += _place_floats(model, left, {*record["layers"], *norms})
-    for name in record["channels_last"]:
-        if type(modules.get(name)) is not nn.Conv2d:
-            raise SchemaMismatchError(f"the file has a Conv2d '{name}', the model {type(modules.get(name)).__name__}")
-        changes.append(set_channels_last(modules[name]))
     try:
         layers = tuple(reporting.Layer(**row) for row in record["report"])
     except TypeError as error:
@@ -254,7 +247,10 @@ def _place_folded(path: str, module: nn.Module | None, left: dict[str, Tensor]) 
         raise SchemaMismatchError(f"the file has a BatchNorm folded into or taken from '{path}', the model {kind}")
     changes = [set_attribute(module, FOLDED, True)]
     if type(module) in CONVOLUTIONS and module.bias is None and (bias := left.pop(f"{path}.bias", None)) is not None:
-        store, value = module._parameters, nn.Parameter(bias)
+        weight = module.weight
+        if bias.shape != weight.shape[:1] or bias.dtype != weight.dtype:
+            raise SchemaMismatchError(f"'{path}.bias' is {bias.dtype} {tuple(bias.shape)} in the file, for {module}")
+        store, value = module._parameters, nn.Parameter(bias, requires_grad=weight.requires_grad)
         changes.append((lambda: store.__setitem__("bias", value), lambda: store.__setitem__("bias", None)))
     return changes
 

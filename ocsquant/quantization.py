@@ -11,7 +11,7 @@ from torch import nn
 from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
-from ocsquant.folding import FOLDED, fold_batchnorms
+from ocsquant.folding import fold_batchnorms
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
@@ -52,8 +52,8 @@ def quantize(
             recipe's.
         simulate: compute the same codes but run float layers on the dequantized weights: for accuracy tables, and for
             layers and schemes without an integer kernel.
-        fold_batchnorm: first fold each BatchNorm into the convolution whose output only it takes (evaluation mode
-            only): all that torch.fx finds in the forward, where it cannot trace that those in the same nn.Sequential.
+        fold_batchnorm: fold each BatchNorm that directly follows a convolution in the same nn.Sequential into it first
+            (evaluation mode only).
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
@@ -89,7 +89,6 @@ def quantize(
 
         more, layers = build(model, plan, simulate, in_turn)
         changes = changes + more
-        changes += [set_attribute(m, FOLDED, True) for m in model.modules() if id(m) in folded]
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)
     return model

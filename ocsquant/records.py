@@ -144,10 +144,7 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
         raise SchemaMismatchError(f"layer '{path}' is {wanted} in the file, {had} in the model")
     own = {key.removeprefix("product."): tensor for key, tensor in t.items()}
     product = _linear(settings["parts"]["product"], own, check)
-    last = settings["channels_last"]
-    allowed = (None,) if settings["origin"] == "Conv1d" else (None, True, False)
-    check(any(last is value for value in allowed), "channels_last must be null, true or false")
-    new = QuantizedConv(old, product, last)
+    new = QuantizedConv(old, product)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
     check(product.input_inverse is None and product.group_size == 0, "it has input scales or groups")
     _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None, check.new_bias)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
 )  # fmt: skip
+
+FOLDED = "_ocsquant_folded"  # an attribute of a convolution that has taken over a BatchNorm, whatever form it has
 
 T = TypeVar("T")
 Change = tuple[Callable[[], Any], Callable[[], Any]]  # do, undo
@@ -20,6 +21,8 @@ Change = tuple[Callable[[], Any], Callable[[], Any]]  # do, undo
 def inherit(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give `new` the mode and hooks of `old`; the hooks' handles keep working, since the dictionaries are shared."""
     new.training = old.training
+    if old.__dict__.get(FOLDED):
+        new.__dict__[FOLDED] = True
     for name in HOOKS:
         new.__dict__[name] = old.__dict__[name]
     return new
@@ -44,22 +47,6 @@ def become(module: nn.Module, new: nn.Module) -> Change:
 def set_class(module: nn.Module, cls: type) -> Change:
     old = module.__class__
     return lambda: object.__setattr__(module, "__class__", cls), lambda: object.__setattr__(module, "__class__", old)
-
-
-def set_channels_last(convolution: nn.Conv2d) -> Change:
-    """How the weight lies that it has by then: that of the output follows."""
-    before: list[tuple[Tensor, Tensor]] = []
-
-    def do() -> None:
-        weight = convolution.weight
-        before.append((weight, weight.data))
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-
-    def undo() -> None:
-        for weight, data in before:
-            weight.data = data
-
-    return do, undo
 
 
 _ABSENT = object()

@@ -119,22 +119,21 @@ def parametrized() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """Convolutions and BatchNorms that follow each other in the forward alone."""
+    """Convolutions, each before a BatchNorm, around a residual."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.bn1 = nn.Conv2d(3, 96, 3, bias=False), nn.BatchNorm2d(96)
-        self.body, self.bn2 = nn.Conv2d(96, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96)
+        self.stem = nn.Sequential(nn.Conv2d(3, 96, 3, bias=False), nn.BatchNorm2d(96))
+        self.body = nn.Sequential(nn.Conv2d(96, 96, 3, padding=1, bias=False), nn.BatchNorm2d(96))
         self.last = nn.Conv2d(96, 96, 3, 2)
-        for norm in (self.bn1, self.bn2):
+        for norm in (self.stem[1], self.body[1]):
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.bn1(self.stem(x)))
-        y = self.last(torch.relu(self.bn2(self.body(x)) + x))
-        return y.view(y.shape[0], -1)
+        x = torch.relu(self.stem(x))
+        return self.last(torch.relu(self.body(x) + x)).view(len(x), -1)
 
 
 def tokens(limit: int) -> Callable[[], Tensor]:

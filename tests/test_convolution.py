@@ -67,23 +67,6 @@ def test_every_geometry_gives_the_bits_of_the_reference(
         assert torch.equal(y, expected)
 
 
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_layout_of_the_result(kernel, layout):
-    x = torch.randn(2, 5, 7, 6).contiguous(memory_format=layout)
-    codes = torch.randint(-127, 128, (9, 5, kernel, kernel), dtype=torch.int8)
-    window = (kernel, kernel, 1, 2, *(kernel // 2,) * 2)
-    made = {
-        last: ops.quantized_conv2d(x, pack(codes), torch.ones(9), None, None, *window, channels_last=last)
-        for last in (None, True, False)
-    }
-    assert made[True].is_contiguous(memory_format=torch.channels_last)
-    assert made[False].is_contiguous()
-    assert made[None].is_contiguous(memory_format=layout)
-    assert torch.equal(made[True], made[False])
-    assert torch.equal(made[True], made[None])
-
-
 def test_special_samples():
     codes, scale = torch.randint(-127, 128, (7, 3, 3, 3), dtype=torch.int8), torch.rand(7)
     x = torch.randn(3, 3, 6, 6)
@@ -257,9 +240,8 @@ def test_opcheck():
     codes, scale = torch.randint(-127, 128, (7, 3, 3, 3), dtype=torch.int8), torch.rand(7)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 6, 6).contiguous(memory_format=layout)
-        for last in (None, True, False):
-            arguments = (x, pack(codes), scale, None, None, 3, 3, 2, 1, 1, 0)
-            torch.library.opcheck(torch.ops.ocsquant.quantized_conv2d.default, arguments, {"channels_last": last})
+        arguments = (x, pack(codes), scale, None, None, 3, 3, 2, 1, 1, 0)
+        torch.library.opcheck(torch.ops.ocsquant.quantized_conv2d.default, arguments)
 
 
 def test_wrong_calls_name_the_argument():

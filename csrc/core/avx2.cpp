@@ -295,7 +295,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     for (int v = 0; v < 8; ++v) c[v] = load(sums + 8 * v);
     for (int32_t r = 0; r < count; ++r) {
       const uint8_t* b = panel.group(rests[r].k / kGroup);
-      const __m256i one = _mm256_set1_epi32(rest_quad(rests[r], 1));
+      const __m256i one = _mm256_set1_epi32(channel_quad(rests[r]));
       const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(rests[r].value));
 #pragma GCC unroll 8
       for (int v = 0; v < 8; ++v) {

@@ -33,7 +33,7 @@ struct Narrow {
     total = _mm512_dpwssd_epi32(total, code, _mm512_set1_epi16(1));
     return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code);
   }
-  OCSQ_INLINE int32_t sum() const { return _mm512_reduce_add_epi32(total); }
+  OCSQ_INLINE int32_t sum() const { return Simd::reduce_add(total); }
 };
 
 }  // namespace

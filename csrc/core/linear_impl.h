@@ -34,11 +34,8 @@ inline int32_t sum_of(const int16_t* codes, int64_t depth) {
   return sum;
 }
 
-// A rest is multiplied in steps that a signed byte holds, as the only byte of a quad.
-OCSQ_INLINE int rest_step(int left) { return left > 127 ? 127 : left < -127 ? -127 : left; }
-OCSQ_INLINE int32_t rest_quad(const Rest& rest, int step) {
-  return static_cast<int32_t>(static_cast<uint32_t>(step & 0xff) << (8 * (rest.k % kGroup)));
-}
+// A one among zeros, at the byte of a rest's channel.
+OCSQ_INLINE int32_t channel_quad(const Rest& rest) { return static_cast<int32_t>(1u << (8 * (rest.k % kGroup))); }
 
 inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sums) {
   for (int64_t g = 0; g < w.scale_groups(); ++g) {
@@ -183,7 +180,7 @@ OCSQ_INLINE void fetch_output(const PackedWeight& w, const void* y, Float dtype,
   }
 }
 
-// Whether multiply() of a Tile unpacks the weights, which it cannot where they are indices of 64 levels.
+// Whether multiply() of a Tile unpacks the weights, which it can of tables of 16 levels alone.
 template <class Tile>
 bool multiplies_stored(const Activations& a, const PackedWeight& w, int64_t first, int64_t last) {
   const bool small_table = w.levels == nullptr || w.bits == 4;

@@ -56,7 +56,6 @@ struct Simd {
   };
   static Codes pack_codes(I a, I b) { return {static_cast<int16_t>(a), static_cast<int16_t>(b)}; }
   static int count_beyond(Codes codes, int limit) { return (std::abs(codes.a) > limit) + (std::abs(codes.b) > limit); }
-  static int32_t reduce_add(I v) { return v; }
   static void look_up(const uint8_t* table, int, int64_t count, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) codes[i] = table[codes[i]];
   }

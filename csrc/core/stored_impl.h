@@ -6,7 +6,7 @@
 namespace ocsquant {
 namespace {
 
-// That 256-bit kernels unpack for in registers.
+// The most rows for which the 256-bit kernels unpack in registers.
 constexpr int64_t kFewRows = 4;
 
 // What is between the stored numbers and the bytes to be multiplied.

@@ -92,7 +92,8 @@ inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType dtype, con
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code,
                                                   aoti_torch_device_type_cpu(), 0, &handle));
   Tensor made(handle);
-  if (stride >= kHugePage / 4) want_huge_pages(made.mutable_data_ptr(), stride * made.element_size());
+  const int64_t bytes = made.numel() * static_cast<int64_t>(made.element_size());
+  if (bytes >= kHugePage) want_huge_pages(made.mutable_data_ptr(), bytes);
   return made;
 }
 

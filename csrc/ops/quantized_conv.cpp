@@ -35,7 +35,7 @@ bool is_channels_last(const Tensor& x) {
 struct Convolution {
   const float* x;
   float* y;
-  bool x_last, y_last;  // channels last
+  bool channels_last;  // of both
   int64_t samples;
   PatchShape shape;
   const PackedWeight& w;
@@ -64,7 +64,7 @@ void fill_pixels(const Convolution& c, const int16_t*, const float*, int64_t fir
     run = std::min(count - i, all ? s.rows() - pixel : s.stride_w == 1 ? s.out_w - column : 1);
     const int64_t from = line * s.stride_h * s.width + column * s.stride_w;
     float* to = pixels + i * s.channels;
-    if (c.x_last) {
+    if (c.channels_last) {
       std::copy_n(c.x + sample * s.values() + from * s.channels, run * s.channels, to);
     } else {
       cpu_kernels().convolution.transpose(c.x + sample * s.values() + from, s.pixels(), s.channels, run, to,
@@ -102,7 +102,7 @@ void multiply_blocks(const Convolution& c, const int16_t* planes, const float* s
                            align64(quantize_scratch_bytes(w, tile)),
                            align64(kUnpackedGroups * kGroupBytes + block * kPanel * sizeof(int32_t)),
                            align64(fill == fill_pixels ? block * c.shape.channels * sizeof(float) : 0),
-                           align64(c.y_last ? 0 : block * w.n * sizeof(float))};
+                           align64(c.channels_last ? 0 : block * w.n * sizeof(float))};
   int64_t each = 0;
   for (const int64_t size : sizes) each += size;
   const Buffer buffer(chunks * each);
@@ -122,11 +122,11 @@ void multiply_blocks(const Convolution& c, const int16_t* planes, const float* s
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, count = std::min(block, c.rows() - first);
       fill(c, planes, step, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
-      float* rows = c.y_last ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
+      float* rows = c.channels_last ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
       for (int64_t panel = 0; panel < w.panels(); ++panel) {
         kernels.multiply(a, w, rows, Float::f32, 0, count, panel, part[6]);
       }
-      if (!c.y_last) store_rows(c, rows, first, count);
+      if (!c.channels_last) store_rows(c, rows, first, count);
     }
   });
 }
@@ -139,7 +139,7 @@ void run_patches(const Convolution& c) {
   const int64_t steps = align64(c.samples * sizeof(float));
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = c.samples * s.values() > kSerialProducts ? std::min(c.samples, threads) : 1;
-  const int64_t turned = align64(c.x_last ? 0 : kPlanePixels * s.channels * sizeof(float));
+  const int64_t turned = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
   const Buffer buffer(codes + steps + chunks * turned);
   const float least = least_step_factor(s.depth(), c.w.tail);
   int16_t* planes = buffer.at<int16_t>(0);
@@ -147,7 +147,7 @@ void run_patches(const Convolution& c) {
   parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
       step[sample] =
-          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.x_last, c.how, least,
+          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.channels_last, c.how, least,
                                  buffer.at<float>(codes + steps + i * turned), planes + sample * s.plane_codes());
     }
   });
@@ -162,8 +162,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& tail_index, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
-                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels,
-                        std::optional<bool> channels_last) {
+                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
   const TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
@@ -181,13 +180,13 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         padding_h, padding_w, dilation_h, dilation_w, out_h,    out_w};
   const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth());
   const int64_t n = weight.weight().n, samples = x.size(0);
-  const bool x_last = is_channels_last(x), y_last = channels_last.value_or(x_last);
-  const Tensor source = x_last ? x : dense(x);
-  Tensor y = y_last ? empty_cpu({samples, n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
-                    : empty_cpu({samples, n, out_h, out_w}, ScalarType::Float);
+  const bool last = is_channels_last(x);
+  const Tensor source = last ? x : dense(x);
+  Tensor y = last ? empty_cpu({samples, n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
+                  : empty_cpu({samples, n, out_h, out_w}, ScalarType::Float);
   if (samples == 0 || n == 0) return y;
   const Convolution c = {
-      source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x_last, y_last, samples, s, weight.weight(), how};
+      source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), last, samples, s, weight.weight(), how};
   if (kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0) {
     multiply_blocks(c, nullptr, nullptr, how.max_outliers, fill_pixels);
   } else {

@@ -93,13 +93,13 @@ class QuantizedWeight:
 
     def rows(self, first: int, last: int) -> QuantizedWeight:
         """The same of rows [first, last) alone."""
-        own = self.levels is not None and self.levels.shape[0] > 1
+        levels = self.levels
         return replace(
             self,
             codes=self.codes[first:last],
             scale=self.scale[first:last],
             zero=None if self.zero is None else self.zero[first:last],
-            levels=self.levels[first:last] if own and self.levels is not None else self.levels,
+            levels=levels if levels is None or len(levels) == 1 else levels[first:last],
         )
 
     def base_and_tail(self) -> tuple[Tensor, Tensor, Tensor]:

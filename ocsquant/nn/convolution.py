@@ -21,17 +21,15 @@ class QuantizedConv(Quantized):
 
     One step for each sample, for kernels of one element for each pixel. Built by `ocsquant.quantize`.
     `product` holds weight and bias, its inputs in the order [kernel][channels]. The output of a Conv2d lies in memory
-    channels last (which is faster) or contiguous where `channels_last` is True or False, as its input where it is None.
-    Takes float32, bfloat16, float16 or float64;
+    as its input does, contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
     returns the same dtype.
     """
 
     kernel = "quantized_conv2d"
 
-    def __init__(self, like: Any, product: QuantizedLinear, channels_last: bool | None = None) -> None:
+    def __init__(self, like: Any, product: QuantizedLinear) -> None:
         """like: a module (or anything else) with the attributes `SETTINGS`."""
         super().__init__()
-        self.channels_last = channels_last
         for name in SETTINGS:
             value = getattr(like, name)
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
@@ -108,7 +106,7 @@ class QuantizedConv(Quantized):
         operands: tuple[Any, ...] = (
             *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
             *self._window,
-            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.channels_last),
+            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"]),
         )
         y = ops.quantized_conv2d(*operands)
         y = y if dims == 2 else y.squeeze(2).contiguous()
@@ -128,14 +126,7 @@ class QuantizedConv(Quantized):
 
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS}
-        parts = {"product": self.product.settings()}
-        return {
-            "kind": "QuantizedConv",
-            "origin": self.origin,
-            **own,
-            "channels_last": self.channels_last,
-            "parts": parts,
-        }
+        return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in SETTINGS if name != "groups")

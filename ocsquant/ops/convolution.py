@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ocsquant.ops.library import bind, check_flag, compiled
+from ocsquant.ops.library import bind, compiled
 
 _quantized_conv2d = compiled.quantized_conv2d.default
 
@@ -32,7 +32,6 @@ def quantized_conv2d(
     weight_bits: int = 8,
     zero: Tensor | None = None,
     levels: Tensor | None = None,
-    channels_last: bool | None = None,
 ) -> Tensor:
     """2d convolution (without groups) with integer weights, quantizing each sample of `x` on the way in.
 
@@ -55,13 +54,10 @@ def quantized_conv2d(
         activation_bits: 2..8.
         max_outliers: 0..64; 0 is plain dynamic quantization.
         outlier_threshold: 2..1e6, in units of the sample's root mean square.
-        channels_last: how the result lies in memory, True channels last, False contiguous, None as `x`.
 
     Returns:
-        float32 [samples, n, out height, out width]. A sample (a pixel) with NaN or Inf gives NaN.
+        float32 [samples, n, out height, out width], in memory as `x`. A sample (a pixel) with NaN or Inf gives NaN.
     """
-    if channels_last is not None:
-        check_flag("quantized_conv2d", "channels_last", channels_last)
     return _quantized_conv2d(
         x,
         packed,
@@ -82,7 +78,6 @@ def quantized_conv2d(
         weight_bits,
         zero,
         levels,
-        channels_last,
     )
 
 
@@ -97,7 +92,5 @@ def _(*args: Any) -> Tensor:
         for side, size in zip("hw", x.shape[2:], strict=True)
     ]
     y = x.new_empty((x.shape[0], a["scale"].shape[0], *out))
-    last = a["channels_last"]
-    if last is None:
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.to(memory_format=torch.channels_last) if last else y
