@@ -86,7 +86,7 @@ def test_every_call_of_the_float_module(configuration, form, given_state, length
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape
         assert (a - b).abs().max() < 0.1
-        assert (a - b).square().mean() < 2e-3 * b.square().mean() + 1e-5
+        assert (a - b).square().mean() < 2e-3 * b.square().mean() + 4e-4
     assert type(q(x)[0]) is type(twin(x)[0])
 
 
