@@ -198,10 +198,7 @@ def main() -> None:
     }
     options.add_argument("--only", choices=parts, action="append", help="only this network; may be given again")
     args = options.parse_args()
-    measure.start(args)
-    torch.manual_seed(0)
-    head: dict[str, Any] = measure.header()
-    print(measure.show_header(head))
+    _, head = measure.start(args)
     rows = [row for name in args.only or parts for row in parts[name](args.short)]
     failed = sum(row.met is False for row in rows)
     text = measure.table(["network", "what", "value", "bar", "met"], [row.cells() for row in rows])

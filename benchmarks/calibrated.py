@@ -115,10 +115,7 @@ def main() -> None:
     parts: dict[str, Callable[[bool], Iterator[Row]]] = {"minilm": minilm, "smollm2": smollm2}
     options.add_argument("--only", choices=parts, action="append", help="only this network; may be given again")
     args = options.parse_args()
-    measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    _, head = measure.start(args)
     rows = [row for name in args.only or parts for row in parts[name](args.short)]
     text = measure.table(["network", "recipe", "value", "layers"], [row.cells()[:4] for row in rows])
     measure.finish("calibrated", head, text, [vars(row) for row in rows])

@@ -85,10 +85,7 @@ def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     layers = layer_rows(SHAPES[:3] if args.short else SHAPES, repetitions)
     titles = [title for layout in LAYOUTS for title in (f"fp32 us, {layout}", "ours us", "fp32 / ours")]
     text = measure.table(["one sample", *titles], layers)

@@ -81,11 +81,8 @@ def main() -> None:
     options.add_argument("--compile", action="store_true", help="with torch.compile (a minute more)")
     options.add_argument("--size", type=int, help="rows and columns (default 4096, with --short 1024)")
     args = options.parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
     size = args.size or (1024 if args.short else 4096)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     tasks = contestants(size, args.compile)
     calls = {f"{task}: {name}": Call(run) for task, entries in tasks.items() for name, run in entries.items()}
     times = measure.interleave(calls, min(repetitions, 15), training=True)

@@ -128,10 +128,7 @@ def rows(short: bool) -> Iterator[Row]:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    _, head = measure.start(args)
     found = []
     for row in rows(args.short):
         found.append(row)

@@ -84,10 +84,7 @@ def main() -> None:
     options.add_argument("--cold", action="store_true", help="up to 16 tokens, rotate over 256 MB of weights")
     options.add_argument("--scheme", choices=SCHEMES, default="W8A8", help="ours (default W8A8)")
     args: argparse.Namespace = options.parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     sizes, tokens = (SHORT_SIZES, SHORT_TOKENS) if args.short else (SIZES, TOKENS)
     cells = [cell for size in sizes for cell in measure_size(size, tokens, args.cold, repetitions, args.scheme)]
     print()

@@ -237,10 +237,7 @@ def run(description: str | None, name: str, columns: list[str], rows: Callable[[
     options = measure.parser(description or "")
     options.add_argument("--only", choices=SUBJECTS, action="append", help="only this network; may be given again")
     args = options.parse_args()
-    measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    _, head = measure.start(args)
     found: list[Row] = []
     for key in args.only or SUBJECTS:
         subject = SUBJECTS[key](args.short)

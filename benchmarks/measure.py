@@ -62,10 +62,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def start(args: argparse.Namespace) -> int:
-    """Set the thread count; the number of repetitions."""
+def start(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:
+    """Set the thread count and the seed, measure the machine and print it; the number of repetitions, and the head."""
     torch.set_num_threads(args.threads)
-    return args.repetitions or (9 if args.short else 31)
+    torch.manual_seed(0)
+    head = header()
+    print(show_header(head))
+    return args.repetitions or (9 if args.short else 31), head
 
 
 def interleave(

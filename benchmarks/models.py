@@ -112,10 +112,7 @@ def measure_minilm(shapes: tuple[tuple[int, int], ...], repetitions: int) -> tup
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     # First, while the process is small: its peak of memory is measured.
     bert_text, bert_data = measure_bert(repetitions)
     minilm_text, minilm_data = measure_minilm(SHORT_SHAPES if args.short else SHAPES, repetitions)

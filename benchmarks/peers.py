@@ -8,7 +8,6 @@ outlier splitting and the module call.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib
 import os
@@ -285,7 +284,9 @@ def seconds(run: Run) -> float:
     return time.process_time() - begin
 
 
-def measure_cell(size: tuple[int, int], m: int, args: argparse.Namespace, missing: dict[str, str]) -> dict[str, Any]:
+def measure_cell(
+    size: tuple[int, int], m: int, repetitions: int, compiled: bool, missing: dict[str, str]
+) -> dict[str, Any]:
     outputs, inputs = size
     layer, x = nn.Linear(inputs, outputs, bias=False).eval(), torch.randn(m, inputs)
     with torch.no_grad():
@@ -294,12 +295,12 @@ def measure_cell(size: tuple[int, int], m: int, args: argparse.Namespace, missin
     for name, made in OURS.items():
         calls[name] = Call(made.prepare(layer, x))
     for name, peer in PEERS.items():
-        if "compiled" in name and not args.compile:
+        if "compiled" in name and not compiled:
             continue
         run = prepared(name, peer, layer, x, missing)
         if run is not None:
             calls[name] = Call(run, peer.engine)
-    times = measure.interleave(calls, measure.start(args))
+    times = measure.interleave(calls, repetitions)
     print(".", end="", flush=True)
     return {"size": size, "tokens": m, "times": times}
 
@@ -320,12 +321,10 @@ def main() -> None:
     threads = str(args.threads)
     if os.environ.get("OMP_NUM_THREADS") != threads:  # read at the import of peers that have threads of their own
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": threads})
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    head, missing = measure.header(), dict[str, str]()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
+    missing: dict[str, str] = {}
     sizes, tokens = (SHORT_SIZES, SHORT_TOKENS) if args.short else (SIZES, TOKENS)
-    cells = [measure_cell(size, m, args, missing) for size in sizes for m in tokens]
+    cells = [measure_cell(size, m, repetitions, args.compile, missing) for size in sizes for m in tokens]
     print()
     labels = [f"{cell['size'][0]}x{cell['size'][1]}, {cell['tokens']}" for cell in cells]
     rows = []

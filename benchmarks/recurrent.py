@@ -94,10 +94,7 @@ def trained(repetitions: int) -> tuple[list[list[Any]], list[list[Any]]]:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     rows = []
     for kind in (nn.LSTM, nn.GRU):
         models = competitors(Words(kind).eval())

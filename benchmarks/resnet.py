@@ -84,10 +84,7 @@ def fx_peer(model: nn.Module, engine: str, x: Tensor) -> nn.Module:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     model, x = resnet50(), torch.randn(INPUT)
     fused = fuse(copy.deepcopy(model))
     last, fused_last = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in (model, fused))

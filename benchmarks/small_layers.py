@@ -79,10 +79,7 @@ def names(cells: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
-    repetitions = measure.start(args)
-    torch.manual_seed(0)
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     sizes = SHORT_SIZES if args.short else SIZES
     cells = [cell(n, k, m, repetitions) for m in TOKENS for n in sizes for k in sizes]
     text = "fp32 / ours (layers in brackets stay float by default; * ours is slower beyond doubt)\n\n"

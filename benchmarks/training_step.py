@@ -131,10 +131,8 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", choices=SHAPES, help="default: all, with --short 64 and 288")
     parser.add_argument("--compile", action="store_true", help="also under torch.compile (a minute for each width)")
     args = parser.parse_args()
-    repetitions = measure.start(args)
     widths = args.widths or ([64, 288] if args.short else list(SHAPES))
-    head = measure.header()
-    print(measure.show_header(head))
+    repetitions, head = measure.start(args)
     cells = [cell(width, repetitions, args.compile) for width in widths]
     names = [name for name in cells[0]["times"] if name != "fp32"]
     rows = []

@@ -31,16 +31,7 @@ def fold_batchnorms(model: nn.Module) -> tuple[list[Change], dict[int, nn.Module
         for (_, conv), (name, norm) in pairwise(sequence._modules.items()):
             if type(conv) not in CONVOLUTIONS or type(norm) not in BATCH_NORMS or norm.running_var is None:
                 continue
-            if (
-                conv.training
-                or norm.training
-                or uses[id(conv)] > 1
-                or uses[id(norm)] > 1
-                or hooked(conv)
-                or hooked(norm)
-                or "forward" in conv.__dict__
-                or "forward" in norm.__dict__
-            ):
+            if any(m.training or uses[id(m)] > 1 or hooked(m) or "forward" in m.__dict__ for m in (conv, norm)):
                 continue
             new = inherit(fuse_conv_bn_eval(conv, norm), conv)  # type: ignore[type-var, arg-type]
             if conv.bias is None and new.bias is not None:

@@ -46,6 +46,7 @@ KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
 ENTRIES = {"version", "layers", "attention", "attributes", "folded", "aliases", "sha256", "report"}
+FOLDING = (*BATCH_NORMS, FoldedBatchNorm)  # what a convolution may take over, or has
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
 
@@ -227,7 +228,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
         if attribute not in SWITCHED_OFF or name not in modules or value:
             raise SchemaMismatchError(f"the file sets '{attribute}' of '{name}', which the model does not have")
         changes.append(set_attribute(modules[name], attribute, value))
-    norms = {name for name in record["folded"] if isinstance(modules.get(name), (*BATCH_NORMS, FoldedBatchNorm))}
+    norms = {name for name in record["folded"] if isinstance(modules.get(name), FOLDING)}
     for name in record["folded"]:
         changes += _place_folded(name, modules.get(name), left)
     changes += _place_floats(model, left, {*record["layers"], *norms})
@@ -240,7 +241,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
 
 def _place_folded(path: str, module: nn.Module | None, left: dict[str, Tensor]) -> list[Change]:
     """A BatchNorm that its convolution has taken over, or such a convolution, which has got a bias by that."""
-    if isinstance(module, (*BATCH_NORMS, FoldedBatchNorm)):
+    if isinstance(module, FOLDING):
         return [become(module, inherit(FoldedBatchNorm(), module))]
     if module is None or not (type(module) in CONVOLUTIONS or isinstance(module, Quantized)):
         kind = type(module).__name__

@@ -132,10 +132,10 @@ struct Epilogue {
   }
 
   template <bool kBias>
-  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, int64_t count, float* y) const {
+  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, float* y) const {
     const Simd::F t = Simd::set1(step);
     const Simd::I o = Simd::set1_i(offset);
-    for (int64_t j = 0; j < count; j += Simd::W) {
+    for (int64_t j = 0; j < width; j += Simd::W) {
       const Simd::I sum = Simd::sub_i(Simd::load_i(sums + j), o);
       Simd::F v = Simd::mul(Simd::to_float(sum), Simd::mul(t, Simd::load(scale + j)));
       if (kBias) v = Simd::add(v, Simd::load(bias + j));
@@ -147,7 +147,7 @@ struct Epilogue {
     float block[kPanel];
     const bool whole = dtype == Float::f32 && width == kPanel;
     float* to = whole ? static_cast<float*>(y) + at : block;
-    bias != nullptr ? columns<true>(sums, offset, step, width, to) : columns<false>(sums, offset, step, width, to);
+    bias != nullptr ? columns<true>(sums, offset, step, to) : columns<false>(sums, offset, step, to);
     if (whole) return;
     if (dtype == Float::f32) {
       std::memcpy(static_cast<float*>(y) + at, block, width * sizeof(float));
@@ -171,12 +171,11 @@ __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& 
 }
 
 // Rows of the output are pages apart: no prefetcher of the CPU foresees them, and the stores would wait for memory.
-OCSQ_INLINE void fetch_output(const PackedWeight& w, const void* y, Float dtype, int64_t m, int rows, int64_t panel) {
+OCSQ_INLINE void fetch_output(const void* y, Float dtype, int64_t pitch, int64_t at, int rows, int64_t width) {
   const int64_t bytes = dtype == Float::f32 ? sizeof(float) : sizeof(uint16_t);
-  const int64_t width = (w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel) * bytes;
-  const char* row = static_cast<const char*>(y) + (m * w.n + panel * kPanel) * bytes;
-  for (int i = 0; i < rows; ++i, row += w.n * bytes) {
-    for (int64_t j = 0; j < width; j += 64) __builtin_prefetch(row + j, 1);
+  const char* row = static_cast<const char*>(y) + at * bytes;
+  for (int i = 0; i < rows; ++i, row += pitch * bytes) {
+    for (int64_t j = 0; j < width * bytes; j += 64) __builtin_prefetch(row + j, 1);
   }
 }
 
@@ -217,7 +216,7 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
     int32_t* sums = block_sums;
     for (int64_t m = first; m < last; m += Tile::kRows) {
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
-      if (g + length == groups) fetch_output(w, y, dtype, m, rows, panel);
+      if (g + length == groups) fetch_output(y, dtype, w.n, m * w.n + panel * kPanel, rows, epilogue.width);
       Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, sums);
       part.next = nullptr;
       if (g + length == groups) finish<Tile>(a, w, epilogue, weights, m, rows, sums, y, dtype, panel);
