@@ -89,9 +89,22 @@ OCSQ_INLINE void add_int16(__m256i (&sum)[2], const __m256i (&w)[2], __m256i x) 
       : [w0] "x"(w[0]), [w1] "x"(w[1]), [x] "x"(x));
 }
 
+// Picks the channel's weights by a one among zeros, then multiplies them by the rest, however large.
+struct Factor {
+  __m256i one, value;
+  explicit OCSQ_INLINE Factor(const Rest& rest)
+      : one(_mm256_set1_epi32(static_cast<int32_t>(1u << (8 * (rest.k % kGroup))))),
+        value(_mm256_set1_epi16(static_cast<int16_t>(rest.value))) {}
+  OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, one), value));
+  }
+};
+
 struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
   static constexpr int kRows = 4;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
+
+  using Out = RowOut;
 
   // A span that 16-bit sums hold, added to 32-bit sums in memory.
   template <int R, int P, class S>
@@ -227,6 +240,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     return run;
   }
 
+  static constexpr auto add_rests = RestSums<Bytes256, Factor>::add_rests;
   static bool unpacks(const uint8_t* tile, int64_t rows) { return rows <= kFewRows && !is_wide(tile); }
 
   // The int16 tile: 8 columns at a time, 4 columns x 4 channels in a vector. The offset stays in.
@@ -287,23 +301,6 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
       default:
         return rows<4, 2, S>(a, run, sums);
     }
-  }
-
-  // Picks the channel's weights by a one among zeros, then multiplies them by the rest, however large.
-  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
-    __m256i c[8];
-    for (int v = 0; v < 8; ++v) c[v] = load(sums + 8 * v);
-    for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* b = panel.group(rests[r].k / kGroup);
-      const __m256i one = _mm256_set1_epi32(channel_quad(rests[r]));
-      const __m256i value = _mm256_set1_epi16(static_cast<int16_t>(rests[r].value));
-#pragma GCC unroll 8
-      for (int v = 0; v < 8; ++v) {
-        const __m256i picked = _mm256_maddubs_epi16(load(b + 32 * v), one);
-        c[v] = _mm256_add_epi32(c[v], _mm256_madd_epi16(picked, value));
-      }
-    }
-    for (int v = 0; v < 8; ++v) store(sums + 8 * v, c[v]);
   }
 };
 

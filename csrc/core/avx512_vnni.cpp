@@ -26,12 +26,13 @@ namespace {
 struct Narrow {
   __m512i total;
   OCSQ_INLINE Narrow() : total(_mm512_setzero_si512()) {}
-  OCSQ_INLINE uint32_t operator()(const int16_t* codes, int count, uint8_t* out) {
-    const __m512i code = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(0xffffffffu >> (32 - count)), codes);
-    const __m256i body = _mm512_cvtsepi16_epi8(code);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), body);
-    total = _mm512_dpwssd_epi32(total, code, _mm512_set1_epi16(1));
-    return _mm512_cmpneq_epi16_mask(_mm512_cvtepi8_epi16(body), code);
+  OCSQ_INLINE void operator()(__m512i codes, uint8_t* out) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtsepi16_epi8(codes));
+    total = _mm512_dpwssd_epi32(total, codes, _mm512_set1_epi16(1));
+  }
+  static OCSQ_INLINE __m512i first(const int16_t* codes, int64_t count) {
+    const uint32_t all = ~0u;
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(count < 32 ? all >> (32 - count) : all), codes);
   }
   OCSQ_INLINE int32_t sum() const { return Simd::reduce_add(total); }
 };
@@ -44,6 +45,15 @@ struct Narrow {
 namespace ocsquant {
 namespace {
 
+struct Factor {
+  __m512i pick, value;
+  explicit OCSQ_INLINE Factor(const Rest& rest)
+      : pick(_mm512_broadcast_i32x4(_mm_load_si128(pick_of(rest)))), value(_mm512_set1_epi32(rest.value)) {}
+  OCSQ_INLINE __m512i add(__m512i sums, __m512i bytes) const {
+    return _mm512_dpwssd_epi32(sums, _mm512_shuffle_epi8(bytes, pick), value);
+  }
+};
+
 struct Tile {
   static constexpr int kRows = 6;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 128, kDepthBlockFew = 1024;
@@ -52,7 +62,9 @@ struct Tile {
 
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
-  static constexpr auto place = place_int8;
+  using Out = BytesOut;
+  static constexpr auto place = placed;
+  static constexpr auto add_rests = RestSums<Bytes512, Factor>::add_rests;
   static Offset offset(const uint8_t*) { return Offset::all; }
   // The ports that unpack have nothing else to do.
   static bool unpacks(const uint8_t*, int64_t) { return true; }
@@ -133,23 +145,6 @@ struct Tile {
       default:
         return rows<6, S>(a, block, sums);
     }
-  }
-
-  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
-    __m512i c[kVectors];
-    for (int v = 0; v < kVectors; ++v) c[v] = _mm512_loadu_si512(sums + 16 * v);
-    for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* group = panel.group(rests[r].k / kGroup);
-      const __m512i x = _mm512_set1_epi32(rests[r].value & 0xffff);
-      const __m512i pick =
-          _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(kPicks[rests[r].k % kGroup])));
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        const __m512i weight = _mm512_shuffle_epi8(_mm512_loadu_si512(group + 64 * v), pick);
-        c[v] = _mm512_dpwssd_epi32(c[v], weight, x);
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) _mm512_storeu_si512(sums + 16 * v, c[v]);
   }
 };
 

@@ -27,16 +27,21 @@ struct GroupEpilogue : Epilogue {
 // Kept out of multiply_groups(), as finish() is of multiply().
 template <class Tile>
 __attribute__((noinline)) void finish_group(const Activations& a, const PackedWeight& w, const GroupEpilogue& epilogue,
-                                            Panel& weights, int64_t group, int64_t m, int rows, int32_t* sums,
-                                            float* totals, int32_t* rests_done) {
+                                            const StoredPanel& weights, int64_t group, int64_t m, int rows,
+                                            int32_t* sums, float* totals, int32_t* rests_done) {
   const int64_t end = (group + 1) * w.group_channels;
-  for (int i = 0; i < rows; ++i, sums += kPanel, totals += kPanel) {
-    const Rest* rests = a.rests + (m + i) * a.rest_capacity;
+  RestRows rests;
+  for (int i = 0; i < rows; ++i) {
+    const Rest* all = a.rests + (m + i) * a.rest_capacity;
     const int32_t from = rests_done[i];
     int32_t to = from;
-    while (to < a.rest_count[m + i] && rests[to].k < end) ++to;
-    if (to > from) Tile::add_rests(rests + from, to - from, weights, sums);
+    while (to < a.rest_count[m + i] && all[to].k < end) ++to;
+    rests.of[i] = all + from;
+    rests.count[i] = to - from;
     rests_done[i] = to;
+  }
+  Tile::add_rests(rests, rows, weights, sums);
+  for (int i = 0; i < rows; ++i, sums += kPanel, totals += kPanel) {
     const uint32_t codes = static_cast<uint32_t>(a.group_offset_codes[(m + i) * w.scale_groups() + group]);
     epilogue.add(sums, static_cast<int32_t>(w.offset() * codes), a.step[m + i], totals);
   }
@@ -66,7 +71,7 @@ void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float
         Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, group_sums + at);
         part.next = nullptr;
         if (q + length < end) continue;
-        finish_group<Tile>(a, w, epilogue, weights, group, m, rows, group_sums + at, totals + at,
+        finish_group<Tile>(a, w, epilogue, weights.stored(begin), group, m, rows, group_sums + at, totals + at,
                            rests_done + m - first);
       }
     }

@@ -12,6 +12,8 @@
 //
 #include "unpack_impl.h"
 //
+#include "rests_impl.h"
+//
 #include "linear_impl.h"
 //
 #include "grouped_impl.h"

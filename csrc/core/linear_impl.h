@@ -3,9 +3,11 @@
 //   kRows                                     rows of a tile
 //   row_bytes(depth)                          bytes of memory for each row of a tile, laid out as the Tile likes
 //   rest_capacity(depth, max_outliers)
-//   place(codes, pitch, depth, out)           row-major int16 codes (its to overwrite) to that memory; fills TileRows
+//   Out(codes, pitch, tile, i), finish(depth) what takes the codes of row i, then those behind them from memory
+//   place(codes, pitch, depth, tile)          row-major int16 codes (its to overwrite) to that memory; fills TileRows,
+//                                             where Out::finish() has not done so row by row
 //   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
-//   add_rests(rests, count, panel, sums)      sums[64] += each rest.value * (the bytes of its column in the Panel)
+//   add_rests(rests, rows, panel, sums)       sums[row][64] += each rest.value * (the bytes of its column)
 //   offset(tile)                              in which products the weights' offset stays
 //   unpacks(tile, rows)                       whether multiply() takes blocks of fewer than 8 bits for that many rows
 #pragma once
@@ -19,6 +21,7 @@ struct TileRows {
   int64_t panels;     // of the weight it will be multiplied with
   int weight_offset;  // of its bytes
   uint8_t* tile;
+  int64_t row_bytes;
   Rest* rests;
   int64_t rest_capacity;
   int32_t* rest_count;
@@ -34,9 +37,6 @@ inline int32_t sum_of(const int16_t* codes, int64_t depth) {
   return sum;
 }
 
-// A one among zeros, at the byte of a rest's channel.
-OCSQ_INLINE int32_t channel_quad(const Rest& rest) { return static_cast<int32_t>(1u << (8 * (rest.k % kGroup))); }
-
 inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sums) {
   for (int64_t g = 0; g < w.scale_groups(); ++g) {
     const int64_t first = g * w.group_channels, left = w.k - first;
@@ -44,8 +44,8 @@ inline void sum_groups(const int16_t* codes, const PackedWeight& w, int32_t* sum
   }
 }
 
-// Rows [first, last) of codes, which source(row, codes) writes, returning their step, as the Tile wants them; `codes`
-// is room for Tile::kRows of them.
+// Rows [first, last) of codes, which source.put(row, source.prepare(row), out) puts or writes to out.codes, returning
+// their step, as the Tile wants them; `codes` is room for Tile::kRows of them.
 template <class Tile, class Source>
 OCSQ_INLINE void place_rows(const Source& source, const PackedWeight& w, const Activations& a, int64_t first,
                             int64_t last, int16_t* codes) {
@@ -54,17 +54,29 @@ OCSQ_INLINE void place_rows(const Source& source, const PackedWeight& w, const A
   const int64_t padded = padded_depth(w), pitch = code_pitch(w);
   for (int64_t m = first; m < last; m += Tile::kRows) {
     const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
+    const TileRows tile = {rows,
+                           w.panels(),
+                           w.offset(),
+                           a.codes + m * a.row_bytes,
+                           a.row_bytes,
+                           a.rests + m * a.rest_capacity,
+                           a.rest_capacity,
+                           a.rest_count + m,
+                           a.offset_codes + m};
+    // All rows' first: what one row waits for, another has to do.
+    typename Source::Prepared prepared[Tile::kRows];
+    for (int i = 0; i < rows; ++i) prepared[i] = source.prepare(m + i);
     for (int i = 0; i < rows; ++i) {
-      int16_t* out = codes + i * pitch;
-      a.step[m + i] = source(m + i, out);
-      for (int64_t e = w.k; e < base; ++e) out[e] = 0;  // where a range does not begin at 0, its end is not the code 0
-      for (int64_t e = 0; e < w.tail; ++e) out[base + e] = out[w.tail_index[e]];
-      for (int64_t e = base + w.tail; e < padded; ++e) out[e] = 0;
-      if (a.group_offset_codes != nullptr) sum_groups(out, w, a.group_offset_codes + (m + i) * w.scale_groups());
+      typename Tile::Out out(codes, pitch, tile, i);
+      a.step[m + i] = source.put(m + i, prepared[i], out);
+      int16_t* row = out.codes;
+      for (int64_t e = w.k; e < base; ++e) row[e] = 0;  // where a range does not begin at 0, its end is not the code 0
+      for (int64_t e = 0; e < w.tail; ++e) row[base + e] = row[w.tail_index[e]];
+      for (int64_t e = base + w.tail; e < padded; ++e) row[e] = 0;
+      if (a.group_offset_codes != nullptr) sum_groups(row, w, a.group_offset_codes + (m + i) * w.scale_groups());
+      out.finish(depth);
     }
-    Tile::place(codes, pitch, depth,
-                TileRows{rows, w.panels(), w.offset(), a.codes + m * a.row_bytes, a.rests + m * a.rest_capacity,
-                         a.rest_capacity, a.rest_count + m, a.offset_codes + m});
+    Tile::place(codes, pitch, depth, tile);
     if (a.group_offset_codes == nullptr) continue;
     const Offset offset = Tile::offset(a.codes + m * a.row_bytes);
     for (int64_t i = m; i < m + rows && offset != Offset::all; ++i) {
@@ -85,18 +97,29 @@ struct TokenRows {
   int64_t k;
   float* wide;  // [k]
 
-  OCSQ_INLINE float operator()(int64_t m, int16_t* out) const {
-    const float* row = static_cast<const float*>(x) + m * k;
+  using Prepared = RowRange;
+  OCSQ_INLINE RowRange prepare(int64_t m) const {
+    return dtype == Float::f32 && how.inverse == nullptr && !how.fixed ? range_of_row(row_of(m), k, how) : RowRange{};
+  }
+
+  template <class Out>
+  OCSQ_INLINE float put(int64_t m, const RowRange& range, Out& out) const {
+    out.expect(k);
+    if (dtype == Float::f32 && how.inverse == nullptr) {
+      return how.fixed ? quantize_row_fixed(row_of(m), k, how, out) : quantize_row(row_of(m), k, how, range, out);
+    }
+    const float* row = row_of(m);
     if (dtype == Float::bf16) {
       widen(static_cast<const uint16_t*>(x) + m * k, k, wide);
       row = wide;
     }
-    if (how.inverse != nullptr) {
-      scale_row(row, how, k, wide);
-      row = wide;
-    }
-    return how.fixed ? quantize_row_fixed(row, k, how, out) : quantize_row(row, k, how, out);
+    if (how.inverse != nullptr) scale_row(row, how, k, wide);
+    if (how.fixed) return quantize_row_fixed(wide, k, how, out);
+    return quantize_row(wide, k, how, range_of_row(wide, k, how), out);
   }
+
+ private:
+  OCSQ_INLINE const float* row_of(int64_t m) const { return static_cast<const float*>(x) + m * k; }
 };
 
 template <class Tile>
@@ -160,10 +183,15 @@ struct Epilogue {
 // Kept out of multiply(): together they spill the accumulators of the inner loop (GCC 12).
 template <class Tile>
 __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& w, const Epilogue& epilogue,
-                                      Panel& weights, int64_t m, int rows, int32_t* sums, void* y, Float dtype,
-                                      int64_t panel) {
+                                      const StoredPanel& weights, int64_t m, int rows, int32_t* sums, void* y,
+                                      Float dtype, int64_t panel) {
+  RestRows rests;
+  for (int i = 0; i < rows; ++i) {
+    rests.of[i] = a.rests + (m + i) * a.rest_capacity;
+    rests.count[i] = a.rest_count[m + i];
+  }
+  Tile::add_rests(rests, rows, weights, sums);
   for (int64_t i = m; i < m + rows; ++i, sums += kPanel) {
-    if (a.rest_count[i] > 0) Tile::add_rests(a.rests + i * a.rest_capacity, a.rest_count[i], weights, sums);
     // Modulo 2^32, as the sums are: only the corrected sum fits for certain.
     const int32_t offset = static_cast<int32_t>(w.offset() * static_cast<uint32_t>(a.offset_codes[i]));
     epilogue.row(sums, offset, a.step[i], y, dtype, i * w.n + panel * kPanel);
@@ -179,11 +207,11 @@ OCSQ_INLINE void fetch_output(const void* y, Float dtype, int64_t pitch, int64_t
   }
 }
 
-// Whether multiply() of a Tile unpacks the weights, which it can of tables of 16 levels alone.
+// Whether multiply() of a Tile unpacks the weights; out of a table of 64 levels it is worth it for few rows alone.
 template <class Tile>
 bool multiplies_stored(const Activations& a, const PackedWeight& w, int64_t first, int64_t last) {
-  const bool small_table = w.levels == nullptr || w.bits == 4;
-  return w.bits < 8 && small_table && Tile::unpacks(a.codes + first * a.row_bytes, last - first);
+  const bool cheap = w.levels == nullptr || w.bits <= 4 || last - first <= kFewRows;
+  return w.bits < 8 && cheap && Tile::unpacks(a.codes + first * a.row_bytes, last - first);
 }
 
 // The most groups to multiply before the next rows; what was unpacked should stay in the first cache for few of them.
@@ -219,7 +247,7 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
       if (g + length == groups) fetch_output(y, dtype, w.n, m * w.n + panel * kPanel, rows, epilogue.width);
       Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, sums);
       part.next = nullptr;
-      if (g + length == groups) finish<Tile>(a, w, epilogue, weights, m, rows, sums, y, dtype, panel);
+      if (g + length == groups) finish<Tile>(a, w, epilogue, weights.stored(), m, rows, sums, y, dtype, panel);
       sums += kept_sums;
     }
     g += length;

@@ -28,15 +28,17 @@ inline void transpose(const float* from, int64_t from_pitch, int64_t rows, int64
 }
 
 // Codes of a sample, channels last, by kPlanePixels pixels at a time where the values lie channels first.
-template <bool kCount>
+template <bool kOutliers>
 inline int64_t round_plane(const float* x, int64_t channels, int64_t pixels, bool channels_first, float step, int limit,
                            float* scratch, int16_t* codes) {
-  if (!channels_first) return round_row<kCount>(x, channels * pixels, step, limit, codes);
+  CodesOut out{codes};
+  if (!channels_first) return round_row<kOutliers>(x, channels * pixels, step, limit, out);
   int64_t beyond = 0;
   for (int64_t p = 0; p < pixels; p += kPlanePixels) {
     const int64_t count = pixels - p < kPlanePixels ? pixels - p : kPlanePixels;
     transpose(x + p, pixels, channels, count, scratch, channels);
-    beyond += round_row<kCount>(scratch, count * channels, step, limit, codes + p * channels);
+    out.codes = codes + p * channels;
+    beyond += round_row<kOutliers>(scratch, count * channels, step, limit, out);
   }
   return beyond;
 }
@@ -87,8 +89,15 @@ struct PatchRows {
   const int16_t* planes;
   const float* step;  // of each sample
   const PatchShape& s;
+  int64_t first;
 
-  OCSQ_INLINE float operator()(int64_t row, int16_t* out) const {
+  struct Prepared {};
+  Prepared prepare(int64_t) const { return {}; }
+
+  template <class Out>
+  OCSQ_INLINE float put(int64_t m, Prepared, Out& to) const {
+    const int64_t row = first + m;
+    int16_t* out = to.codes;
     const int64_t sample = row / s.rows(), pixel = row % s.rows();
     const int16_t* plane = planes + sample * s.plane_codes();
     const int64_t y0 = pixel / s.out_w * s.stride_h - s.padding_h, x0 = pixel % s.out_w * s.stride_w - s.padding_w;
@@ -120,9 +129,7 @@ struct PatchRows {
 template <class Tile>
 void place_patches(const int16_t* planes, const float* step, const PatchShape& shape, int64_t row,
                    const PackedWeight& w, const Activations& a, int64_t rows, void* scratch) {
-  const PatchRows patches{planes, step, shape};
-  place_rows<Tile>([&](int64_t m, int16_t* out) { return patches(row + m, out); }, w, a, 0, rows,
-                   static_cast<int16_t*>(scratch));
+  place_rows<Tile>(PatchRows{planes, step, shape, row}, w, a, 0, rows, static_cast<int16_t*>(scratch));
 }
 
 template <class Tile>

@@ -70,30 +70,41 @@ struct RowMaximum {
   }
 };
 
-template <bool kCount>
-struct RowCodes {
+// Where the codes of a row go, in order and up to a whole block of 64; `beyond` has bits of those that are outliers.
+struct CodesOut {
   int16_t* codes;
+  OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t) { Simd::store_codes(codes + j, some); }
+  OCSQ_INLINE void zeros(int64_t k) { std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t)); }
+};
+
+// kOutliers: some codes may be beyond +-limit, and are counted.
+template <bool kOutliers, class Out>
+struct RowCodes {
+  Out out;
   Simd::F inverse;
   int limit;
   int64_t beyond;
-  OCSQ_INLINE RowCodes(int16_t* out, float step, int bound)
-      : codes(out), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
+  OCSQ_INLINE RowCodes(const Out& to, float step, int bound)
+      : out(to), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
     for (int v = 0; v < kVectors; v += 2) {
       const Simd::I a = Simd::round_to_int(Simd::mul(Simd::load(p + v * Simd::W), inverse));
       const Simd::I b = Simd::round_to_int(Simd::mul(Simd::load(p + (v + 1) * Simd::W), inverse));
       const Simd::Codes both = Simd::pack_codes(a, b);
-      if constexpr (kCount) beyond += Simd::count_beyond(both, limit);
-      Simd::store_codes(codes + j + v * Simd::W, both);
+      uint32_t which = 0;
+      if constexpr (kOutliers) which = Simd::beyond(both, limit);
+      beyond += __builtin_popcount(which) / Simd::kCodeBits;
+      out.put(j + v * Simd::W, both, which);
     }
   }
 };
 
-// Writes round_up(k, 64) codes; returns how many lie beyond +-limit (0 without kCount).
-template <bool kCount>
-OCSQ_INLINE int64_t round_row(const float* x, int64_t k, float step, int limit, int16_t* codes) {
-  RowCodes<kCount> block(codes, step, limit);
+// Puts round_up(k, 64) codes; returns how many lie beyond +-limit.
+template <bool kOutliers, class Out>
+OCSQ_INLINE int64_t round_row(const float* x, int64_t k, float step, int limit, Out& out) {
+  RowCodes<kOutliers, Out> block(out, step, limit);
   for_blocks(x, k, block);
+  out = block.out;
   return block.beyond;
 }
 
@@ -109,39 +120,51 @@ OCSQ_INLINE float usable_step(float step) { return step < 0x1p-120f ? 0.0f : ste
 class Largest {
  public:
   explicit Largest(int count) : count_(count) {}
-  OCSQ_INLINE void add(int32_t bits) {
-    held_[size_++] = bits;
-    if (size_ == kRoom) forget();
+  // All |x| beyond a limit.
+  OCSQ_INLINE void add(const float* x, int64_t k, float beyond) {
+    const Simd::I limit = Simd::abs_bits(Simd::set1(beyond));
+    int size = size_;  // not the member: each addition would wait for the last one to come back from memory
+    for (int64_t j = 0; j < k; j += Simd::W) {
+      const int count = k - j < Simd::W ? static_cast<int>(k - j) : Simd::W;
+      const Simd::F values = count == Simd::W ? Simd::load(x + j) : Simd::load_first(x + j, count, Simd::set1(0.0f));
+      const Simd::I bits = Simd::abs_bits(values);
+      size += Simd::keep(bits, Simd::greater(bits, limit), held_ + size);
+      if (size > kRoom - Simd::W) size = forget(size);
+    }
+    size_ = size;
   }
-  // The count-th of them, once there are that many: the largest that is exceeded or equalled by `count`.
-  int32_t last() {
-    for (int i = size_; i < size_ + Simd::W - 1; ++i) held_[i] = -1;
+  // The count-th of them, once there are that many.
+  int32_t last() { return last(size_); }
+
+ private:
+  static constexpr int kRoom = 128;
+  static_assert(kRoom - Simd::W > kMaxOutliers + 1);
+
+  // The largest that is exceeded or equalled by `count`.
+  int32_t last(int size) {
+    for (int i = size; i < size + Simd::W - 1; ++i) held_[i] = -1;
     int32_t found = -1;
-    for (int i = 0; i < size_; ++i) {
-      if (held_[i] <= found) continue;
+    for (int i = 0; i < size; ++i) {
       const Simd::I below = Simd::set1_i(held_[i] - 1);
       int at_least = 0;
-      for (int j = 0; j < size_; j += Simd::W) {
+      for (int j = 0; j < size; j += Simd::W) {
         at_least += __builtin_popcount(Simd::greater(Simd::load_i(held_ + j), below));
       }
-      if (at_least >= count_) found = held_[i];
+      const int32_t candidate = at_least >= count_ ? held_[i] : -1;
+      found = candidate > found ? candidate : found;
     }
     return found;
   }
 
- private:
-  static constexpr int kRoom = 256;
-  static_assert(kRoom > kMaxOutliers + 1);
-
-  // All but the `count` largest.
-  __attribute__((noinline)) void forget() {
-    const int32_t least = last();
+  // All but the `count` largest; returns how many are left.
+  __attribute__((noinline)) int forget(int size) {
+    const int32_t least = last(size);
     int kept = 0;
-    for (int i = 0; i < size_; ++i) {
+    for (int i = 0; i < size; ++i) {
       if (held_[i] > least) held_[kept++] = held_[i];
     }
     while (kept < count_) held_[kept++] = least;
-    size_ = kept;
+    return kept;
   }
 
   int count_, size_ = 0;
@@ -151,54 +174,56 @@ class Largest {
 // The (rank+1)-th largest |x|, where more than `rank` are beyond `bulk`.
 inline float outlier_magnitude(const float* x, int64_t k, float bulk, int rank) {
   Largest largest(rank + 1);
-  const Simd::I limit = Simd::abs_bits(Simd::set1(bulk));
-  for (int64_t j = 0; j < k; j += Simd::W) {
-    const int count = k - j < Simd::W ? static_cast<int>(k - j) : Simd::W;
-    const Simd::F values = count == Simd::W ? Simd::load(x + j) : Simd::load_first(x + j, count, Simd::set1(0.0f));
-    uint32_t beyond = Simd::greater(Simd::abs_bits(values), limit);
-    for (; beyond != 0; beyond &= beyond - 1) {
-      const float value = std::fabs(x[j + __builtin_ctz(beyond)]);
-      int32_t bits;
-      std::memcpy(&bits, &value, sizeof(bits));
-      largest.add(bits);
-    }
-  }
+  largest.add(x, k, bulk);
   return bits_to_float(largest.last());
 }
 
-// One token to codes (methods: run-time OCS, definition). Returns the step, NaN for a row with NaN or Inf (codes 0).
-inline float quantize_row(const float* x, int64_t k, const TokenQuantizer& how, int16_t* codes) {
-  const int limit = (1 << (how.bits - 1)) - 1;
-  const float range = static_cast<float>(limit);
-  float absmax, squares = 0.0f;
+// How a token becomes codes (methods: run-time OCS, definition): the first step to try, NaN for a row with NaN or
+// Inf, and the magnitude it is of where that is not the largest.
+struct RowRange {
+  float step, bulk;
+};
+
+OCSQ_INLINE float largest_code(const TokenQuantizer& how) { return static_cast<float>((1 << (how.bits - 1)) - 1); }
+
+OCSQ_INLINE RowRange range_of_row(const float* x, int64_t k, const TokenQuantizer& how) {
+  float absmax, bulk = std::numeric_limits<float>::infinity();
   if (how.max_outliers > 0) {
     RowStatistics statistics;
     for_blocks(x, k, statistics);
     absmax = bits_to_float(Simd::reduce_max(statistics.largest));
-    squares = statistics.squares.total();
+    const float squares = statistics.squares.total();
+    if (squares >= 0x1p-100f && squares <= std::numeric_limits<float>::max()) {
+      bulk = how.threshold * std::sqrt(squares / static_cast<float>(k));
+    }
   } else {
     RowMaximum maximum;
     for_blocks(x, k, maximum);
     absmax = bits_to_float(Simd::reduce_max(maximum.largest));
   }
-  if (!(absmax <= std::numeric_limits<float>::max())) {
-    std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t));
-    return std::numeric_limits<float>::quiet_NaN();
-  }
-  const float whole = usable_step(absmax / range);
-  if (how.max_outliers == 0 || !(squares >= 0x1p-100f) || squares > std::numeric_limits<float>::max()) {
-    round_row<false>(x, k, whole, limit, codes);
-    return whole;
-  }
-  const float bulk = how.threshold * std::sqrt(squares / static_cast<float>(k));
-  if (bulk >= absmax) {
-    round_row<false>(x, k, whole, limit, codes);
-    return whole;
-  }
-  float step = usable_step(bulk / range);
-  if (round_row<true>(x, k, step, limit, codes) > how.max_outliers) {
-    step = usable_step(outlier_magnitude(x, k, bulk, how.max_outliers) / range);
-    round_row<false>(x, k, step, limit, codes);
+  const bool finite = absmax <= std::numeric_limits<float>::max();
+  // Not a branch on whether there are outliers: every other token has some.
+  const float step = usable_step((bulk < absmax ? bulk : absmax) / largest_code(how));
+  return {finite ? step : std::numeric_limits<float>::quiet_NaN(), bulk};
+}
+
+// One token to codes, all 0 where it holds NaN or Inf; returns the step.
+template <class Out>
+OCSQ_INLINE float quantize_row(const float* x, int64_t k, const TokenQuantizer& how, const RowRange& range, Out& out) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  float step = range.step;
+  if (step != step) {
+    out.zeros(k);
+  } else if (how.max_outliers == 0) {
+    round_row<false>(x, k, step, limit, out);
+  } else {
+    Out first = out;
+    if (round_row<true>(x, k, step, limit, first) > how.max_outliers) {
+      step = usable_step(outlier_magnitude(x, k, range.bulk, how.max_outliers) / largest_code(how));
+      first = out;
+      round_row<true>(x, k, step, limit, first);
+    }
+    out = first;
   }
   return step;
 }
@@ -211,16 +236,18 @@ inline void scale_row(const float* x, const TokenQuantizer& how, int64_t k, floa
   }
 }
 
+template <class Out>
 struct RowFixedCodes {
-  RowCodes<true> codes;
+  RowCodes<true, Out> codes;
   Simd::I largest;
   Simd::F bottom, top, offset;
-  OCSQ_INLINE RowFixedCodes(int16_t* out, const TokenQuantizer& how, int limit)
-      : codes(out, 1.0f, limit),
+  // `most`: what a code of a symmetric range may be.
+  OCSQ_INLINE RowFixedCodes(const Out& out, const TokenQuantizer& how, int limit, int most)
+      : codes(out, 1.0f, how.symmetric ? limit : limit + 1),
         largest(Simd::zero_i()),
-        bottom(Simd::set1(how.symmetric ? -kMaxFixedCode : 0.0f)),
-        top(Simd::set1(static_cast<float>(how.symmetric ? kMaxFixedCode : 2 * limit + 1))),
-        offset(Simd::set1(how.symmetric ? 0.0f : static_cast<float>(limit + 1))) {}
+        bottom(Simd::set1(static_cast<float>(how.symmetric ? -most : 0))),
+        top(Simd::set1(static_cast<float>(how.symmetric ? most : 2 * limit + 1))),
+        offset(Simd::set1(static_cast<float>(how.symmetric ? 0 : limit + 1))) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
     float clamped[kLanes];
     for (int v = 0; v < kVectors; ++v) {
@@ -234,21 +261,20 @@ struct RowFixedCodes {
 };
 
 // One token to codes of step 1; returns that step, NaN for a row with NaN or Inf (codes 0).
-inline float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, int16_t* codes) {
+template <class Out>
+OCSQ_INLINE float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, Out& out) {
   const int limit = (1 << (how.bits - 1)) - 1;
-  const int64_t padded = (k + kLanes - 1) / kLanes * kLanes;
-  RowFixedCodes block(codes, how, limit);
+  RowFixedCodes<Out> block(out, how, limit, kMaxFixedCode);
   for_blocks(x, k, block);
   if (!(bits_to_float(Simd::reduce_max(block.largest)) <= std::numeric_limits<float>::max())) {
-    std::memset(codes, 0, padded * sizeof(int16_t));
+    out.zeros(k);
     return std::numeric_limits<float>::quiet_NaN();
   }
   if (how.symmetric && block.codes.beyond > how.max_outliers) {
-    for (int64_t j = 0; j < padded; ++j) {
-      const int16_t high = codes[j] > limit ? static_cast<int16_t>(limit) : codes[j];
-      codes[j] = high < -limit ? static_cast<int16_t>(-limit) : high;
-    }
+    block = RowFixedCodes<Out>(out, how, limit, limit);
+    for_blocks(x, k, block);
   }
+  out = block.codes.out;
   return 1.0f;
 }
 

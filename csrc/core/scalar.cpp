@@ -21,7 +21,8 @@ struct Tile {
 
   static int64_t row_bytes(int64_t depth) { return depth * static_cast<int64_t>(sizeof(int16_t)); }
   static int64_t rest_capacity(int64_t, int) { return 0; }
-  static void add_rests(const Rest*, int32_t, Panel&, int32_t*) {}
+  static void add_rests(const RestRows&, int, const StoredPanel&, int32_t*) {}
+  using Out = RowOut;
   static Offset offset(const uint8_t*) { return Offset::none; }
   static bool unpacks(const uint8_t*, int64_t) { return false; }
 

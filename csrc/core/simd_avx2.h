@@ -6,6 +6,19 @@
 namespace ocsquant {
 namespace {
 
+// For every mask of 8 lanes, which of them it keeps, in order.
+struct KeptLanes {
+  uint8_t lanes[256][8];
+  constexpr KeptLanes() : lanes() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, kept = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask][kept++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+constexpr KeptLanes kKept;
+
 struct Simd {
   static constexpr auto look_up = look_up_bytes;
   static constexpr int W = 8;
@@ -52,6 +65,13 @@ struct Simd {
   static OCSQ_INLINE uint32_t greater(I a, I b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));
   }
+  // The lanes that have a bit, first, then anything to a whole vector; returns their number.
+  static OCSQ_INLINE int keep(I v, uint32_t which, int32_t* to) {
+    const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kKept.lanes[which]));
+    const I kept = _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), kept);
+    return __builtin_popcount(which);
+  }
   static OCSQ_INLINE int32_t reduce_max(I v) {
     __m128i h = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
     h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
@@ -66,10 +86,11 @@ struct Simd {
   static OCSQ_INLINE Codes pack_codes(I a, I b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packs works per 128-bit half
   }
-  static OCSQ_INLINE int count_beyond(Codes codes, int limit) {
+  // kCodeBits bits for every code beyond +-limit.
+  static constexpr int kCodeBits = 2;
+  static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {
     const __m256i top = _mm256_set1_epi16(static_cast<int16_t>(limit));
-    const __m256i beyond = _mm256_cmpgt_epi16(_mm256_abs_epi16(codes), top);
-    return __builtin_popcount(static_cast<uint32_t>(_mm256_movemask_epi8(beyond))) / 2;
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(codes), top)));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) {
     __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

@@ -9,6 +9,7 @@ namespace {
 struct Bytes512 {
   using V = __m512i;
   static OCSQ_INLINE V load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static OCSQ_INLINE void store(uint8_t* p, V v) { _mm512_storeu_si512(p, v); }
   static OCSQ_INLINE V all(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   static OCSQ_INLINE V add(V a, V b) { return _mm512_add_epi8(a, b); }
   static OCSQ_INLINE V both(V a, V b) { return _mm512_and_si512(a, b); }
@@ -18,6 +19,12 @@ struct Bytes512 {
   static OCSQ_INLINE V look_up(const uint8_t* table, V code) {
     const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), code);
+  }
+  static OCSQ_INLINE V look_up64(const uint8_t* table, V code) {
+    const __mmask64 odd = _mm512_test_epi8_mask(code, all(16)), upper = _mm512_test_epi8_mask(code, all(32));
+    const V low = _mm512_mask_blend_epi8(odd, look_up(table, code), look_up(table + 16, code));
+    const V high = _mm512_mask_blend_epi8(odd, look_up(table + 32, code), look_up(table + 48, code));
+    return _mm512_mask_blend_epi8(upper, low, high);
   }
 };
 
@@ -65,6 +72,11 @@ struct Simd {
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
   static OCSQ_INLINE uint32_t greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
+  // The lanes that have a bit, first, then anything to a whole vector; returns their number.
+  static OCSQ_INLINE int keep(I v, uint32_t which, int32_t* to) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(which), v));
+    return __builtin_popcount(which);
+  }
   static OCSQ_INLINE int32_t reduce_max(I v) { return _mm512_reduce_max_epi32(v); }
   static OCSQ_INLINE F power_of_two(F n) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
@@ -76,9 +88,10 @@ struct Simd {
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packs works per 128-bit quarter
     return _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b));
   }
-  static OCSQ_INLINE int count_beyond(Codes codes, int limit) {
-    const __m512i top = _mm512_set1_epi16(static_cast<int16_t>(limit));
-    return __builtin_popcount(_mm512_cmpgt_epi16_mask(_mm512_abs_epi16(codes), top));
+  // kCodeBits bits for every code beyond +-limit.
+  static constexpr int kCodeBits = 1;
+  static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {
+    return _mm512_cmpgt_epi16_mask(_mm512_abs_epi16(codes), _mm512_set1_epi16(static_cast<int16_t>(limit)));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static OCSQ_INLINE void store_codes(int16_t* p, Codes codes) { _mm512_storeu_si512(p, codes); }

@@ -47,6 +47,10 @@ struct Simd {
   static int32_t reduce_max(I v) { return v; }
   // A bit for every lane.
   static uint32_t greater(I a, I b) { return a > b; }
+  static int keep(I v, uint32_t which, int32_t* to) {
+    *to = v;
+    return static_cast<int>(which);
+  }
   // 2^n of a whole n within -126..127; of NaN anything.
   static F power_of_two(F n) { return n == n ? std::ldexp(1.0f, static_cast<int>(n)) : 1.0f; }
   static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
@@ -55,7 +59,11 @@ struct Simd {
     int16_t a, b;
   };
   static Codes pack_codes(I a, I b) { return {static_cast<int16_t>(a), static_cast<int16_t>(b)}; }
-  static int count_beyond(Codes codes, int limit) { return (std::abs(codes.a) > limit) + (std::abs(codes.b) > limit); }
+  // kCodeBits bits for every code beyond +-limit.
+  static constexpr int kCodeBits = 1;
+  static uint32_t beyond(Codes codes, int limit) {
+    return static_cast<uint32_t>(std::abs(codes.a) > limit) | static_cast<uint32_t>(std::abs(codes.b) > limit) << 1;
+  }
   static void look_up(const uint8_t* table, int, int64_t count, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) codes[i] = table[codes[i]];
   }

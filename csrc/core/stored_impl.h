@@ -23,7 +23,8 @@ struct Stored {
   static OCSQ_INLINE V load(const uint8_t* span, int g, int at, const uint8_t* map) {
     const V code = number(span + at, g);
     if (kMapping == Mapping::shift) return Vec::add(code, Vec::load(map + at));
-    return kMapping == Mapping::levels ? Vec::look_up(map, code) : code;
+    if (kMapping == Mapping::levels) return kBits == 6 ? Vec::look_up64(map, code) : Vec::look_up(map, code);
+    return code;
   }
 
  private:
@@ -39,20 +40,28 @@ struct Stored {
   static OCSQ_INLINE V cut(V plane, int down, int mask) { return Vec::both(Vec::down(plane, down), Vec::all(mask)); }
 };
 
+template <class Vec, int kBits, class Kernel, class... Args>
+OCSQ_INLINE void run_mapped(Mapping mapping, const Args&... args) {
+  switch (mapping) {
+    case Mapping::none:
+      return Kernel::template run<Stored<Vec, kBits>>(args...);
+    case Mapping::shift:
+      return Kernel::template run<Stored<Vec, kBits, Mapping::shift>>(args...);
+    default:
+      return Kernel::template run<Stored<Vec, kBits, Mapping::levels>>(args...);
+  }
+}
+
 // Kernel::run<S>(args...) with the Stored of a block.
 template <class Vec, class Kernel, class Block, class... Args>
 OCSQ_INLINE void run_stored(const Block& block, const Args&... args) {
   switch (block.bits) {
     case 2:
-      return block.mapping == Mapping::none ? Kernel::template run<Stored<Vec, 2>>(args...)
-                                            : Kernel::template run<Stored<Vec, 2, Mapping::shift>>(args...);
+      return run_mapped<Vec, 2, Kernel>(block.mapping, args...);
     case 4:
-      return block.mapping == Mapping::none    ? Kernel::template run<Stored<Vec, 4>>(args...)
-             : block.mapping == Mapping::shift ? Kernel::template run<Stored<Vec, 4, Mapping::shift>>(args...)
-                                               : Kernel::template run<Stored<Vec, 4, Mapping::levels>>(args...);
+      return run_mapped<Vec, 4, Kernel>(block.mapping, args...);
     case 6:
-      return block.mapping == Mapping::none ? Kernel::template run<Stored<Vec, 6>>(args...)
-                                            : Kernel::template run<Stored<Vec, 6, Mapping::shift>>(args...);
+      return run_mapped<Vec, 6, Kernel>(block.mapping, args...);
     default:
       return Kernel::template run<Stored<Vec, 8>>(args...);
   }

@@ -1,7 +1,7 @@
 // Rows of int8 codes, for kernels that multiply unsigned weights by signed activations: a code becomes a body that a
 // byte holds and, where that is not all of it, a rest. Included inside a target region, after
-//   Narrow::operator()(codes, count, out)   up to 32 codes to as many bodies, zeros to the 32nd; a bit for every code
-//                                           that has a rest; bodies and rests join Narrow::sum()
+//   Narrow::operator()(codes, out)   Simd::Codes to as many bodies; the codes join Narrow::sum()
+//   Narrow::first(codes, count)      the first `count` of Simd::Codes in memory, then zeros
 #pragma once
 
 namespace ocsquant {
@@ -22,31 +22,76 @@ struct CodeRows {
   }
 };
 
-OCSQ_INLINE int32_t collect_rests(uint32_t beyond, const int16_t* codes, int64_t k, Rest* rests, int32_t count) {
-  for (; beyond != 0; beyond &= beyond - 1) {
-    const int i = __builtin_ctz(beyond), code = codes[i];
-    rests[count++] = {static_cast<int32_t>(k + i), code > 0 ? code - 127 : code + 128};
-  }
-  return count;
-}
+// Codes become bodies as they come; those that may have rests are noted, and looked at once the row is complete.
+class BytesOut {
+ public:
+  int16_t* codes;
 
-inline void place_int8(int16_t* codes, int64_t pitch, int64_t depth, const TileRows& out) {
-  uint8_t* to = out.tile;
-  for (int i = 0; i < out.rows; ++i, codes += pitch, to += int8_row_bytes(depth)) {
-    Rest* rests = out.rests + i * out.rest_capacity;
-    Narrow narrow;
-    int32_t count = 0;
-    int64_t k = 0;
-    for (; k + 32 <= depth; k += 32) {
-      const uint32_t beyond = narrow(codes + k, 32, to + k);
-      if (beyond != 0) count = collect_rests(beyond, codes + k, k, rests, count);
-    }
-    if (k < depth)
-      count = collect_rests(narrow(codes + k, static_cast<int>(depth - k), to + k), codes + k, k, rests, count);
-    out.offset_codes[i] = narrow.sum();
-    out.rest_count[i] = count;
+  OCSQ_INLINE BytesOut(int16_t* all, int64_t pitch, const TileRows& tile, int row)
+      : codes(all),
+        bytes_(tile.tile + row * tile.row_bytes),
+        beyond_(reinterpret_cast<uint32_t*>(all + pitch)),
+        outliers_(reinterpret_cast<uint64_t*>(all + 2 * pitch)),
+        tile_(&tile),
+        row_(row) {}
+  // k codes will be put; those that fill no vector, and whatever is behind them, are taken from memory at the end.
+  OCSQ_INLINE void expect(int64_t k) { put_ = k / kCodes * kCodes; }
+  OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t beyond) {
+    Simd::store_codes(codes + j, some);
+    if (j < put_) add(j, some, beyond);
   }
-}
+  OCSQ_INLINE void zeros(int64_t k) {
+    CodesOut{codes}.zeros(k);
+    put_ = 0;
+  }
+  OCSQ_INLINE void finish(int64_t depth) {
+    for (int64_t j = put_; j < depth; j += kCodes) {
+      const Simd::Codes some = Narrow::first(codes + j, depth - j);
+      add(j, some, Simd::beyond(some, 127));
+    }
+    const int64_t vectors = (depth + kCodes - 1) / kCodes;
+    if (vectors % 64 != 0) outliers_[vectors / 64] = some_ >> (64 - vectors % 64);
+    Rest* rests = tile_->rests + row_ * tile_->rest_capacity;
+    int32_t count = 0;
+    for (int64_t v = 0; v < vectors; v += 64) {
+      for (uint64_t some = outliers_[v / 64]; some != 0; some &= some - 1) {
+        const int64_t at = v + __builtin_ctzll(some);
+        for (uint32_t beyond = beyond_[at] & kOnce; beyond != 0; beyond &= beyond - 1) {
+          const int64_t k = at * kCodes + __builtin_ctz(beyond) / Simd::kCodeBits;
+          const int code = codes[k], body = code > 127 ? 127 : code < -128 ? -128 : code;
+          if (code != body) rests[count++] = {static_cast<int32_t>(k), code - body};
+        }
+      }
+    }
+    tile_->rest_count[row_] = count;
+    tile_->offset_codes[row_] = narrow_.sum();
+  }
+
+ private:
+  static constexpr int64_t kCodes = sizeof(Simd::Codes) / sizeof(int16_t);
+  static constexpr uint32_t kOnce = Simd::kCodeBits == 1 ? ~0u : 0x55555555;
+
+  // Branches on no outlier: nobody could predict where they are.
+  OCSQ_INLINE void add(int64_t j, Simd::Codes some, uint32_t beyond) {
+    narrow_(some, bytes_ + j);
+    const int64_t vector = j / kCodes;
+    beyond_[vector] = beyond;
+    some_ = some_ >> 1 | static_cast<uint64_t>(beyond != 0) << 63;
+    if (vector % 64 == 63) outliers_[vector / 64] = some_;
+  }
+
+  Narrow narrow_;
+  uint8_t* bytes_;
+  uint32_t* beyond_;    // for every vector of codes, which are outliers
+  uint64_t* outliers_;  // for every 64 of those, which have any
+  uint64_t some_ = 0;
+  int64_t put_ = 0;
+  const TileRows* tile_;
+  int row_;
+};
+
+// Every row is there when it is finished.
+inline void placed(int16_t*, int64_t, int64_t, const TileRows&) {}
 
 // An outlier has one rest for its column and one for its tail column.
 constexpr int64_t outlier_rests(int64_t, int max_outliers) { return 2 * static_cast<int64_t>(max_outliers); }
@@ -58,6 +103,10 @@ alignas(64) constexpr uint8_t kPicks[kGroup][16] = {
     {1, 128, 128, 128, 5, 128, 128, 128, 9, 128, 128, 128, 13, 128, 128, 128},
     {2, 128, 128, 128, 6, 128, 128, 128, 10, 128, 128, 128, 14, 128, 128, 128},
     {3, 128, 128, 128, 7, 128, 128, 128, 11, 128, 128, 128, 15, 128, 128, 128}};
+
+OCSQ_INLINE const __m128i* pick_of(const Rest& rest) {
+  return reinterpret_cast<const __m128i*>(kPicks[static_cast<uint32_t>(rest.k) % kGroup]);
+}
 
 }  // namespace
 }  // namespace ocsquant

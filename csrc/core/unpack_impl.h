@@ -43,7 +43,31 @@ struct Block {
   bool first;          // start the sums instead of adding to them
   int bits;            // of `weights`; below 8, the numbers in them become bytes by
   Mapping mapping;     // adding
-  const uint8_t* map;  // [kGroupBytes], or looking up in [16]
+  const uint8_t* map;  // [kGroupBytes], or looking up in [kMaxEntries]
+};
+
+// Any group of a panel, in registers: the base as it is stored, the split channels behind it as bytes.
+struct StoredPanel {
+  const uint8_t *base, *tail;
+  int64_t base_groups;
+  int bits;            // of the base, whose numbers become bytes
+  Mapping mapping;     // by adding
+  const uint8_t* map;  // [kGroupBytes], or looking up in [kMaxEntries]
+
+  template <class Vec, class S, int kVectors>
+  OCSQ_INLINE void load(int64_t g, typename Vec::V (&bytes)[kVectors]) const {
+    constexpr int kBytes = sizeof(bytes[0]);
+    if (S::kBytes || g >= base_groups) {
+      const uint8_t* from = S::kBytes ? base + g * kGroupBytes : tail + (g - base_groups) * kGroupBytes;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) bytes[v] = Vec::load(from + kBytes * v);
+    } else {
+      const uint8_t* span = base + g / kSpan * S::kSpanBytes;
+      const int in_span = static_cast<int>(g % kSpan);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) bytes[v] = S::load(span, in_span, kBytes * v, map);
+    }
+  }
 };
 
 // One panel of a packed weight as bytes: code + offset().
@@ -60,32 +84,38 @@ class Panel {
   // scratch, at most kUnpackedGroups, unless `as_stored`.
   OCSQ_INLINE Block block(int64_t g, int64_t count, bool as_stored) {
     const int64_t base = w_.base_groups(), left = w_.n - first_column_;
-    Block b = {stored(g), bounds_ + g / kSpan, nullptr, g, count, left < kPanel ? left : kPanel, w_.offset(), g == 0,
-               8,         Mapping::none,       nullptr};
+    Block b = {place(g), bounds_ + g / kSpan, nullptr, g, count, left < kPanel ? left : kPanel, w_.offset(), g == 0,
+               8,        Mapping::none,       nullptr};
     if (w_.bits == 8 || (as_stored && g >= base)) {
       // As it is.
     } else if (as_stored) {
       if (g + count > base) b.groups = base - g;
       find_map(g);
-      const bool shifted = w_.zero != nullptr || w_.offset() != 1 << (w_.bits - 1);
       b.bits = w_.bits;
-      b.mapping = w_.levels != nullptr ? Mapping::levels : shifted ? Mapping::shift : Mapping::none;
+      b.mapping = mapping();
       b.map = map_;
     } else {
       b.weights = unpack(g, count, scratch_);
     }
-    b.next = stored(g + b.groups);
+    b.next = place(g + b.groups);
     return b;
   }
 
-  // The bytes of one group; what block() gave is left alone.
-  OCSQ_INLINE const uint8_t* group(int64_t g) {
-    return w_.bits == 8 ? codes_ + g * kGroupBytes : unpack(g, 1, single_);
+  // All groups that have their scale with group g.
+  OCSQ_INLINE StoredPanel stored(int64_t g = 0) {
+    const int64_t base = w_.base_groups();
+    if (w_.bits < 8) find_map(g);
+    return {codes_, place(base), base, w_.bits, w_.bits < 8 ? mapping() : Mapping::none, map_};
   }
 
  private:
+  OCSQ_INLINE Mapping mapping() const {
+    const bool shifted = w_.zero != nullptr || w_.offset() != 1 << (w_.bits - 1);
+    return w_.levels != nullptr ? Mapping::levels : shifted ? Mapping::shift : Mapping::none;
+  }
+
   // Where group g is kept, the first of a span below 8 bits.
-  OCSQ_INLINE const uint8_t* stored(int64_t g) const {
+  OCSQ_INLINE const uint8_t* place(int64_t g) const {
     const int64_t base = w_.base_groups();
     return codes_ + (g < base ? g * w_.bits / 8 : base * w_.bits / 8 + g - base) * kGroupBytes;
   }
@@ -111,7 +141,7 @@ class Panel {
       }
       if (w_.levels != nullptr) Simd::look_up(map_, w_.bits, kGroupBytes, to);
     }
-    if (g < last) std::memcpy(to, stored(g), (last - g) * kGroupBytes);
+    if (g < last) std::memcpy(to, place(g), (last - g) * kGroupBytes);
     return out;
   }
 
@@ -146,7 +176,7 @@ class Panel {
   int64_t first_column_;
   uint8_t* scratch_;
   int64_t map_of_ = -1;
-  alignas(64) uint8_t map_[kGroupBytes], single_[kGroupBytes];
+  alignas(64) uint8_t map_[kGroupBytes];
 };
 
 }  // namespace

@@ -12,28 +12,17 @@ namespace {
 struct Narrow {
   __m256i total;
   OCSQ_INLINE Narrow() : total(_mm256_setzero_si256()) {}
-  OCSQ_INLINE uint32_t operator()(const int16_t* codes, int count, uint8_t* out) {
-    int16_t some[32] = {};
-    if (count < 32) {
-      for (int i = 0; i < count; ++i) some[i] = codes[i];
-      codes = some;
-    }
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + 16));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), in_order(_mm256_packs_epi16(a, b)));
-    const __m256i one = _mm256_set1_epi16(1);
-    total = OCSQ_DPWSSD(OCSQ_DPWSSD(total, a, one), b, one);
-    const __m256i beyond = _mm256_packs_epi16(beyond_byte(a), beyond_byte(b));
-    return static_cast<uint32_t>(_mm256_movemask_epi8(in_order(beyond)));
+  OCSQ_INLINE void operator()(__m256i codes, uint8_t* out) {
+    const __m256i bodies = _mm256_permute4x64_epi64(_mm256_packs_epi16(codes, codes), 0xd8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bodies));
+    total = OCSQ_DPWSSD(total, codes, _mm256_set1_epi16(1));
+  }
+  static OCSQ_INLINE __m256i first(const int16_t* codes, int64_t count) {
+    int16_t some[16] = {};
+    std::memcpy(some, codes, (count < 16 ? count : 16) * sizeof(int16_t));
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some));
   }
   OCSQ_INLINE int32_t sum() const { return Simd::reduce_add(total); }
-
- private:
-  static OCSQ_INLINE __m256i in_order(__m256i packed) { return _mm256_permute4x64_epi64(packed, 0xd8); }
-  static OCSQ_INLINE __m256i beyond_byte(__m256i code) {
-    return _mm256_or_si256(_mm256_cmpgt_epi16(code, _mm256_set1_epi16(127)),
-                           _mm256_cmpgt_epi16(_mm256_set1_epi16(-128), code));
-  }
 };
 
 }  // namespace
@@ -45,13 +34,24 @@ struct Narrow {
 namespace ocsquant {
 namespace {
 
+struct Factor {
+  __m256i pick, value;
+  explicit OCSQ_INLINE Factor(const Rest& rest)
+      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(pick_of(rest)))), value(_mm256_set1_epi32(rest.value)) {}
+  OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
+    return OCSQ_DPWSSD(sums, _mm256_shuffle_epi8(bytes, pick), value);
+  }
+};
+
 struct Tile : Strips<Tile, CodeRows, Block> {
   static constexpr int kRows = 6;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 128, kDepthBlockFew = 64;
 
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
-  static constexpr auto place = place_int8;
+  using Out = BytesOut;
+  static constexpr auto place = placed;
+  static constexpr auto add_rests = RestSums<Bytes256, Factor>::add_rests;
   static Offset offset(const uint8_t*) { return Offset::all; }
   static bool unpacks(const uint8_t*, int64_t rows) { return rows <= kFewRows; }
 
@@ -126,23 +126,6 @@ struct Tile : Strips<Tile, CodeRows, Block> {
     if constexpr (S::kBytes) {
       return count == 5 ? rows<5, 2, S>(a, block, sums) : rows<6, 2, S>(a, block, sums);
     }
-  }
-
-  static void add_rests(const Rest* rests, int32_t count, Panel& panel, int32_t* sums) {
-    __m256i c[8];
-    for (int v = 0; v < 8; ++v) c[v] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sums + 8 * v));
-    for (int32_t r = 0; r < count; ++r) {
-      const uint8_t* group = panel.group(rests[r].k / kGroup);
-      const __m256i x = _mm256_set1_epi32(rests[r].value & 0xffff);
-      const __m256i pick =
-          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kPicks[rests[r].k % kGroup])));
-#pragma GCC unroll 8
-      for (int v = 0; v < 8; ++v) {
-        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + 32 * v));
-        c[v] = OCSQ_DPWSSD(c[v], _mm256_shuffle_epi8(bytes, pick), x);
-      }
-    }
-    for (int v = 0; v < 8; ++v) _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + 8 * v), c[v]);
   }
 };
 
