@@ -105,6 +105,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
 
   using Out = RowOut;
+  using Plane = CodesPlane;
 
   // A span that 16-bit sums hold, added to 32-bit sums in memory.
   template <int R, int P, class S>

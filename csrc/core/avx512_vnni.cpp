@@ -26,8 +26,11 @@ namespace {
 struct Narrow {
   __m512i total;
   OCSQ_INLINE Narrow() : total(_mm512_setzero_si512()) {}
-  OCSQ_INLINE void operator()(__m512i codes, uint8_t* out) {
+  static OCSQ_INLINE void store(__m512i codes, uint8_t* out) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtsepi16_epi8(codes));
+  }
+  OCSQ_INLINE void operator()(__m512i codes, uint8_t* out) {
+    store(codes, out);
     total = _mm512_dpwssd_epi32(total, codes, _mm512_set1_epi16(1));
   }
   static OCSQ_INLINE __m512i first(const int16_t* codes, int64_t count) {
@@ -41,6 +44,8 @@ struct Narrow {
 }  // namespace ocsquant
 
 #include "tile_vnni.h"
+//
+#include "plane_vnni.h"
 
 namespace ocsquant {
 namespace {
@@ -63,6 +68,7 @@ struct Tile {
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
   using Out = BytesOut;
+  using Plane = BytesPlane;
   static constexpr auto place = placed;
   static constexpr auto add_rests = RestSums<Bytes512, Factor>::add_rests;
   static Offset offset(const uint8_t*) { return Offset::all; }

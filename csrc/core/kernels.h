@@ -110,17 +110,18 @@ struct LinearKernels {
 };
 
 struct ConvolutionKernels {
-  // A sample to codes, channels last (and zeros to whole blocks of 64); returns the step. Scratch holds kPlanePixels
-  // pixels where the values lie channels first.
-  float (*quantize_plane)(const float* x, int64_t channels, int64_t pixels, bool channels_first,
-                          const TokenQuantizer& how, float least_factor, float* scratch, int16_t* codes);
+  // Of one sample's codes as the instruction set wants them, a multiple of 64.
+  int64_t (*plane_bytes)(const PatchShape& shape, int max_outliers);
+  // A sample to codes; returns the step. Scratch holds kPlanePixels pixels where the values lie channels first.
+  float (*quantize_plane)(const float* x, const PatchShape& shape, bool channels_first, const TokenQuantizer& how,
+                          float least_factor, float* scratch, uint8_t* plane);
   // to[c][r] = from[r][c], rows of each `pitch` apart.
   void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
   // The most codes beyond a byte that any pixel has.
-  int64_t (*largest_outliers)(const int16_t* plane, int64_t channels, int64_t pixels);
+  int64_t (*largest_outliers)(const uint8_t* plane, const PatchShape& shape);
   // Patches from `row` on, counted over all samples, become rows 0..rows of a; scratch as for quantize().
-  void (*place_patches)(const int16_t* planes, const float* step, const PatchShape& shape, int64_t row,
-                        const PackedWeight& w, const Activations& a, int64_t rows, void* scratch);
+  void (*place_patches)(const Planes& planes, const PatchShape& shape, int64_t row, const PackedWeight& w,
+                        const Activations& a, int64_t rows, void* scratch);
 };
 
 struct FakeQuantizeSplitKernels {

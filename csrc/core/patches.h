@@ -14,8 +14,15 @@ struct PatchShape {
   int64_t values() const { return pixels() * channels; }
   int64_t rows() const { return out_h * out_w; }
   int64_t depth() const { return kernel_h * kernel_w * channels; }
-  // Room for what quantize_plane() writes for a sample: whole blocks of 64, from any pixel on.
+  // Room for int16 codes of a sample, written in whole blocks of 64 from any pixel on.
   int64_t plane_codes() const { return (values() + 63) / 64 * 64 + 64; }
+};
+
+// Samples after they were quantized.
+struct Planes {
+  const uint8_t* first;
+  int64_t bytes;      // of each
+  const float* step;  // of each
 };
 
 // Pixels that are turned from channels first to channels last at a time.

@@ -23,6 +23,7 @@ struct Tile {
   static int64_t rest_capacity(int64_t, int) { return 0; }
   static void add_rests(const RestRows&, int, const StoredPanel&, int32_t*) {}
   using Out = RowOut;
+  using Plane = CodesPlane;
   static Offset offset(const uint8_t*) { return Offset::none; }
   static bool unpacks(const uint8_t*, int64_t) { return false; }
 

@@ -1,6 +1,7 @@
 // Rows of int8 codes, for kernels that multiply unsigned weights by signed activations: a code becomes a body that a
 // byte holds and, where that is not all of it, a rest. Included inside a target region, after
-//   Narrow::operator()(codes, out)   Simd::Codes to as many bodies; the codes join Narrow::sum()
+//   Narrow::store(codes, out)        Simd::Codes to as many bodies
+//   Narrow::operator()(codes, out)   the same; the codes join Narrow::sum()
 //   Narrow::first(codes, count)      the first `count` of Simd::Codes in memory, then zeros
 #pragma once
 
@@ -21,6 +22,11 @@ struct CodeRows {
     return codes;
   }
 };
+
+// Of the bits of Simd::beyond() one for each code.
+constexpr uint32_t kOnce = Simd::kCodeBits == 1 ? ~0u : 0x55555555;
+
+OCSQ_INLINE int32_t rest_of(int code) { return code > 127 ? code - 127 : code < -128 ? code + 128 : 0; }
 
 // Codes become bodies as they come; those that may have rests are noted, and looked at once the row is complete.
 class BytesOut {
@@ -58,8 +64,8 @@ class BytesOut {
         const int64_t at = v + __builtin_ctzll(some);
         for (uint32_t beyond = beyond_[at] & kOnce; beyond != 0; beyond &= beyond - 1) {
           const int64_t k = at * kCodes + __builtin_ctz(beyond) / Simd::kCodeBits;
-          const int code = codes[k], body = code > 127 ? 127 : code < -128 ? -128 : code;
-          if (code != body) rests[count++] = {static_cast<int32_t>(k), code - body};
+          const int32_t rest = rest_of(codes[k]);
+          if (rest != 0) rests[count++] = {static_cast<int32_t>(k), rest};
         }
       }
     }
@@ -69,7 +75,6 @@ class BytesOut {
 
  private:
   static constexpr int64_t kCodes = sizeof(Simd::Codes) / sizeof(int16_t);
-  static constexpr uint32_t kOnce = Simd::kCodeBits == 1 ? ~0u : 0x55555555;
 
   // Branches on no outlier: nobody could predict where they are.
   OCSQ_INLINE void add(int64_t j, Simd::Codes some, uint32_t beyond) {

@@ -12,9 +12,12 @@ namespace {
 struct Narrow {
   __m256i total;
   OCSQ_INLINE Narrow() : total(_mm256_setzero_si256()) {}
-  OCSQ_INLINE void operator()(__m256i codes, uint8_t* out) {
+  static OCSQ_INLINE void store(__m256i codes, uint8_t* out) {
     const __m256i bodies = _mm256_permute4x64_epi64(_mm256_packs_epi16(codes, codes), 0xd8);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bodies));
+  }
+  OCSQ_INLINE void operator()(__m256i codes, uint8_t* out) {
+    store(codes, out);
     total = OCSQ_DPWSSD(total, codes, _mm256_set1_epi16(1));
   }
   static OCSQ_INLINE __m256i first(const int16_t* codes, int64_t count) {
@@ -30,6 +33,8 @@ struct Narrow {
 
 #include "strips.h"
 #include "tile_vnni.h"
+//
+#include "plane_vnni.h"
 
 namespace ocsquant {
 namespace {
@@ -50,6 +55,7 @@ struct Tile : Strips<Tile, CodeRows, Block> {
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
   using Out = BytesOut;
+  using Plane = BytesPlane;
   static constexpr auto place = placed;
   static constexpr auto add_rests = RestSums<Bytes256, Factor>::add_rests;
   static Offset offset(const uint8_t*) { return Offset::all; }

@@ -45,17 +45,17 @@ struct Convolution {
 };
 
 // Places rows [first, first + count) into `a`.
-using Fill = void (*)(const Convolution& c, const int16_t* planes, const float* step, int64_t first, int64_t count,
-                      const Activations& a, float* pixels, void* scratch);
+using Fill = void (*)(const Convolution& c, const Planes& planes, int64_t first, int64_t count, const Activations& a,
+                      float* pixels, void* scratch);
 
-void fill_patches(const Convolution& c, const int16_t* planes, const float* step, int64_t first, int64_t count,
-                  const Activations& a, float*, void* scratch) {
-  cpu_kernels().convolution.place_patches(planes, step, c.shape, first, c.w, a, count, scratch);
+void fill_patches(const Convolution& c, const Planes& planes, int64_t first, int64_t count, const Activations& a,
+                  float*, void* scratch) {
+  cpu_kernels().convolution.place_patches(planes, c.shape, first, c.w, a, count, scratch);
 }
 
 // Kernels of one element: each pixel is a token. Runs of pixels of a line are turned together.
-void fill_pixels(const Convolution& c, const int16_t*, const float*, int64_t first, int64_t count, const Activations& a,
-                 float* pixels, void* scratch) {
+void fill_pixels(const Convolution& c, const Planes&, int64_t first, int64_t count, const Activations& a, float* pixels,
+                 void* scratch) {
   const PatchShape& s = c.shape;
   for (int64_t i = 0, run; i < count; i += run) {
     const int64_t sample = (first + i) / s.rows(), pixel = (first + i) % s.rows();
@@ -85,7 +85,7 @@ void store_rows(const Convolution& c, const float* block, int64_t first, int64_t
   }
 }
 
-void multiply_blocks(const Convolution& c, const int16_t* planes, const float* step, int64_t max_rests, Fill fill) {
+void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_rests, Fill fill) {
   const LinearKernels& kernels = cpu_kernels().linear;
   const PackedWeight& w = c.w;
   const int64_t tile = kernels.row_tile, capacity = kernels.rest_capacity(w.depth(), static_cast<int>(max_rests));
@@ -121,7 +121,7 @@ void multiply_blocks(const Convolution& c, const int16_t* planes, const float* s
                            capacity};
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, count = std::min(block, c.rows() - first);
-      fill(c, planes, step, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
+      fill(c, planes, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
       float* rows = c.channels_last ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
       for (int64_t panel = 0; panel < w.panels(); ++panel) {
         kernels.multiply(a, w, rows, Float::f32, 0, count, panel, part[6]);
@@ -135,27 +135,25 @@ void multiply_blocks(const Convolution& c, const int16_t* planes, const float* s
 void run_patches(const Convolution& c) {
   const ConvolutionKernels& kernels = cpu_kernels().convolution;
   const PatchShape& s = c.shape;
-  const int64_t codes = align64(c.samples * s.plane_codes() * sizeof(int16_t));
-  const int64_t steps = align64(c.samples * sizeof(float));
+  const int64_t plane = kernels.plane_bytes(s, c.how.max_outliers), steps = align64(c.samples * sizeof(float));
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = c.samples * s.values() > kSerialProducts ? std::min(c.samples, threads) : 1;
-  const int64_t turned = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
-  const Buffer buffer(codes + steps + chunks * turned);
+  const int64_t scratch = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
+  const Buffer buffer(steps + chunks * scratch + c.samples * plane);
   const float least = least_step_factor(s.depth(), c.w.tail);
-  int16_t* planes = buffer.at<int16_t>(0);
-  float* step = buffer.at<float>(codes);
+  float* step = buffer.at<float>(0);
+  uint8_t* first = buffer.at<uint8_t>(steps + chunks * scratch);
   parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
     for (int64_t sample = begin; sample < end; ++sample) {
-      step[sample] =
-          kernels.quantize_plane(c.x + sample * s.values(), s.channels, s.pixels(), !c.channels_last, c.how, least,
-                                 buffer.at<float>(codes + steps + i * turned), planes + sample * s.plane_codes());
+      step[sample] = kernels.quantize_plane(c.x + sample * s.values(), s, !c.channels_last, c.how, least,
+                                            buffer.at<float>(steps + i * scratch), first + sample * plane);
     }
   });
   int64_t most = 0;
   for (int64_t i = 0; i < c.samples && c.how.max_outliers > 0; ++i) {
-    most = std::max(most, kernels.largest_outliers(planes + i * s.plane_codes(), s.channels, s.pixels()));
+    most = std::max(most, kernels.largest_outliers(first + i * plane, s));
   }
-  multiply_blocks(c, planes, step, std::min(most * s.kernel_h * s.kernel_w, s.depth()), fill_patches);
+  multiply_blocks(c, {first, plane, step}, std::min(most * s.kernel_h * s.kernel_w, s.depth()), fill_patches);
 }
 
 Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
@@ -188,7 +186,11 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const Convolution c = {
       source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), last, samples, s, weight.weight(), how};
   if (kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0) {
-    multiply_blocks(c, nullptr, nullptr, how.max_outliers, fill_pixels);
+    if (last && stride_h == 1 && stride_w == 1) {
+      run_linear(c.x, Float::f32, c.rows(), how, c.w, c.y);
+    } else {
+      multiply_blocks(c, {}, how.max_outliers, fill_pixels);
+    }
   } else {
     run_patches(c);
   }

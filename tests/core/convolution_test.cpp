@@ -45,17 +45,19 @@ std::vector<float> convolve(const Picture& picture, const int16_t* plane, float 
   for (int64_t row = 0; row < s.rows(); ++row) {
     for (int64_t j = 0; j < w.n; ++j) {
       int64_t sum = 0, at = 0;
+      std::vector<int64_t> codes(w.k);
       for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
         for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
           const int64_t iy = row / s.out_w * s.stride_h - s.padding_h + ky * s.dilation_h;
           const int64_t ix = row % s.out_w * s.stride_w - s.padding_w + kx * s.dilation_w;
           const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
           for (int64_t c = 0; c < s.channels; ++c, ++at) {
-            const int64_t code = inside ? plane[(iy * s.width + ix) * s.channels + c] : 0;
-            sum += code * w.codes[j * w.k + at];
+            codes[at] = inside ? plane[(iy * s.width + ix) * s.channels + c] : 0;
+            sum += codes[at] * w.codes[j * w.k + at];
           }
         }
       }
+      for (int64_t e = 0; e < w.e; ++e) sum += codes[w.index[e]] * w.tail[j * w.e + e];
       y[row * w.n + j] = static_cast<float>(sum) * (step * w.scale[j]);
     }
   }
@@ -70,37 +72,52 @@ class Rig {
            long(seed), long(s.channels), long(s.height), long(s.width), long(s.kernel_h), long(s.kernel_w),
            picture.how.max_outliers, weight.bits);
     const auto& kernels = level.kernels->convolution;
+    std::vector<int16_t> codes[2];
     float steps[2];
-    int16_t* planes[2];
     for (const bool last : {false, true}) {
-      const float* x = x_arena_.copy((last ? picture.last : picture.first).data(), s.values(), side);
+      const std::vector<float>& values = last ? picture.last : picture.first;
+      const float least = ocsquant::least_step_factor(s.depth(), weight.e);
+      steps[last] = codes_of(values.data(), s, !last, picture.how, least, codes[last]);
+      const float* x = x_arena_.copy(values.data(), s.values(), side);
       float* scratch = scratch_arena_.place<float>(ocsquant::kPlanePixels * s.channels, side);
-      planes[last] = plane_arena_[last].place<int16_t>(s.plane_codes(), side);
-      steps[last] = kernels.quantize_plane(x, s.channels, s.pixels(), !last, picture.how,
-                                           ocsquant::least_step_factor(s.depth(), 0), scratch, planes[last]);
-      c.check(scratch_arena_.intact() && plane_arena_[last].intact(), "bytes beside an operand were written");
+      const ocsquant::Planes planes = {nullptr, kernels.plane_bytes(s, picture.how.max_outliers), &steps[last]};
+      uint8_t* plane = plane_arena_.place<uint8_t>(planes.bytes, side);
+      const float step = kernels.quantize_plane(x, s, !last, picture.how, least, scratch, plane);
+      c.check(scratch_arena_.intact() && plane_arena_.intact(), "bytes beside an operand were written");
+      c.check(same(step, steps[last]), "the step is %a, not %a", double(step), double(steps[last]));
+      multiply(level, c, picture, {plane, planes.bytes, &steps[last]}, codes[last].data(), weight, side);
     }
     // The order of the values may change the last bit of the step, and with it codes; where it does not, nothing else
     // may.
     if (same(steps[0], steps[1])) {
-      const bool equal = std::equal(planes[0], planes[0] + s.values(), planes[1]);
+      const bool equal = std::equal(codes[0].data(), codes[0].data() + s.values(), codes[1].data());
       c.check(equal, "the codes of the two layouts differ");
     }
-    multiply(level, c, picture, planes[1], steps[1], weight, side);
   }
 
  private:
-  void multiply(Level& level, Case& c, const Picture& picture, const int16_t* plane, float step, const Weight& weight,
-                Side side) {
+  // The plain C++ kernels keep a sample as it is defined.
+  static float codes_of(const float* x, const PatchShape& s, bool channels_first, const ocsquant::TokenQuantizer& how,
+                        float least, std::vector<int16_t>& codes) {
+    const auto& kernels = ocsquant::kScalar.convolution;
+    codes.resize(kernels.plane_bytes(s, how.max_outliers) / static_cast<int64_t>(sizeof(int16_t)));
+    std::vector<float> scratch(ocsquant::kPlanePixels * s.channels);
+    return kernels.quantize_plane(x, s, channels_first, how, least, scratch.data(),
+                                  reinterpret_cast<uint8_t*>(codes.data()));
+  }
+
+  void multiply(Level& level, Case& c, const Picture& picture, const ocsquant::Planes& planes, const int16_t* codes,
+                const Weight& weight, Side side) {
     const PatchShape& s = picture.s;
     const auto& linear = level.kernels->linear;
-    PackedWeight w = {nullptr, weight.n, weight.k, 0, nullptr, weight.scale.data(), nullptr, 0, weight.bits};
+    PackedWeight w = {nullptr, weight.n, weight.k,   weight.e, weight.index.data(), weight.scale.data(),
+                      nullptr, 0,        weight.bits};
     if (!weight.zero.empty()) w.zero = weight.zero.data();
     if (!weight.levels.empty()) w.levels = weight.levels.data();
     uint8_t* packed = packed_arena_.place<uint8_t>(w.panels() * w.panel_bytes(), side);
-    ocsquant::pack_panels(weight.codes.data(), nullptr, w, packed);
+    ocsquant::pack_panels(weight.codes.data(), weight.e > 0 ? weight.tail.data() : nullptr, w, packed);
     w.packed = packed;
-    const int64_t most = level.kernels->convolution.largest_outliers(plane, s.channels, s.pixels());
+    const int64_t most = level.kernels->convolution.largest_outliers(planes.first, s);
     const int64_t rests = std::min(most * s.kernel_h * s.kernel_w, s.depth()), rows = s.rows();
     const int64_t row_bytes = linear.row_bytes(w.depth());
     const int64_t capacity = linear.rest_capacity(w.depth(), static_cast<int>(rests));
@@ -114,7 +131,7 @@ class Rig {
                                      row_bytes,
                                      capacity};
     void* scratch = rows_arena_.place<uint8_t>(ocsquant::quantize_scratch_bytes(w, linear.row_tile), side);
-    level.kernels->convolution.place_patches(plane, &step, s, 0, w, a, rows, scratch);
+    level.kernels->convolution.place_patches(planes, s, 0, w, a, rows, scratch);
     float* y = y_arena_.place<float>(rows * w.n, side);
     const int64_t sums = ocsquant::kUnpackedGroups * ocsquant::kGroupBytes;
     for (int64_t first = 0; first < rows; first += linear.row_block) {
@@ -124,7 +141,7 @@ class Rig {
         linear.multiply(a, w, y, ocsquant::Float::f32, first, std::min(rows, first + linear.row_block), panel, room);
       }
     }
-    const std::vector<float> want = convolve(picture, plane, step, weight);
+    const std::vector<float> want = convolve(picture, codes, *planes.step, weight);
     for (size_t i = 0; i < want.size(); ++i) {
       if (same(y[i], want[i])) continue;
       c.check(false, "y[%ld] is %a, not %a", long(i), double(y[i]), double(want[i]));
@@ -136,7 +153,7 @@ class Rig {
     }
   }
 
-  Arena x_arena_, scratch_arena_, plane_arena_[2], packed_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_,
+  Arena x_arena_, scratch_arena_, plane_arena_, packed_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_,
       offset_arena_, rows_arena_, y_arena_, sums_arena_;
 };
 
@@ -163,7 +180,8 @@ void test_convolution(std::vector<Level>& levels, int64_t every) {
     const Picture picture(r);
     Weight weight;
     static constexpr int64_t kOutputs[] = {1, 7, 64, 70};
-    make_weight(kOutputs[r.below(4)], picture.s.depth(), 0, mix(seed, 78, 3), -1, weight);
+    const int64_t depth = picture.s.depth(), tail = r.below(3) == 0 ? std::min<int64_t>(depth, 5) : 0;
+    make_weight(kOutputs[r.below(4)], depth, tail, mix(seed, 78, 3), -1, weight);
     if (weight.group > 0) continue;
     const Side side = seed % 2 == 0 ? Side::end : Side::start;
     for (Level& level : levels) {
