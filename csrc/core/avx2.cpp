@@ -104,6 +104,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
   static constexpr int kRows = 4;
   static constexpr int64_t kRowBlock = 192, kDepthBlock = 256, kDepthBlockFew = 64;
 
+  static constexpr bool kFewGroups = false;
   using Out = RowOut;
   using Plane = CodesPlane;
 

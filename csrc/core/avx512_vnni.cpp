@@ -67,6 +67,8 @@ struct Tile {
 
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
+  using Vec = Bytes512;
+  using Factor = ocsquant::Factor;
   using Out = BytesOut;
   using Plane = BytesPlane;
   static constexpr auto place = placed;
@@ -85,6 +87,12 @@ struct Tile {
     }
   }
 
+  static constexpr bool kFewGroups = true;
+  static constexpr int few_strip(int rows) { return rows <= 2 ? 4 : 2; }
+  static OCSQ_INLINE __m512i dot(__m512i sums, __m512i weights, __m512i x) {
+    return _mm512_dpbusd_epi32(sums, weights, x);
+  }
+
   template <int R, class S>
   static OCSQ_INLINE void add_group(const CodeRows& a, const uint8_t* b, int g, const uint8_t* map,
                                     __m512i (&c)[R][kVectors]) {
@@ -95,7 +103,7 @@ struct Tile {
     for (int i = 0; i < R; ++i) {
       const __m512i x = _mm512_set1_epi32(a.quad(i));
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) c[i][v] = _mm512_dpbusd_epi32(c[i][v], w[v], x);
+      for (int v = 0; v < kVectors; ++v) c[i][v] = dot(c[i][v], w[v], x);
     }
   }
 
@@ -116,6 +124,18 @@ struct Tile {
         fetch(R <= 4 ? b + kPrefetch : next, kVectors, R <= 4);
         add_group<R, S>(a, b, 0, block.map, c);
       }
+    } else if constexpr (R == 1) {
+      // The four sums of one row would wait for one another: every second group has its own.
+      __m512i odd[1][kVectors] = {};
+      for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes, a.first += kSpan * kGroup) {
+        fetch(b + kPrefetch, static_cast<int>(S::kSpanBytes / 64), true);
+        add_group<1, S>(a, b, 0, block.map, c);
+        add_group<1, S>(a.from_group(1), b, 1, block.map, odd);
+        add_group<1, S>(a.from_group(2), b, 2, block.map, c);
+        add_group<1, S>(a.from_group(3), b, 3, block.map, odd);
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) c[0][v] = _mm512_add_epi32(c[0][v], odd[0][v]);
     } else {
       for (int64_t g = 0; g < block.groups; g += kSpan, b += S::kSpanBytes, next += S::kSpanBytes) {
         fetch(R <= 4 ? b + kPrefetch : next, static_cast<int>(S::kSpanBytes / 64), R <= 4);
@@ -156,6 +176,8 @@ struct Tile {
 
 }  // namespace
 }  // namespace ocsquant
+
+#include "few_groups_impl.h"
 OCSQ_TARGET_END
 
 namespace ocsquant {

@@ -5,6 +5,9 @@
 namespace ocsquant {
 namespace {
 
+template <class Tile>
+class FewGroups;  // few_groups_impl.h
+
 // One group's sums of one row, times its scales, added to the row's total; the last group adds the bias.
 struct GroupEpilogue : Epilogue {
   bool first;
@@ -47,14 +50,33 @@ __attribute__((noinline)) void finish_group(const Activations& a, const PackedWe
   }
 }
 
+inline void store_totals(const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last, int64_t panel,
+                         const float* totals) {
+  const int64_t width = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
+  for (int64_t m = first; m < last; ++m, totals += kPanel) {
+    const int64_t at = m * w.n + panel * kPanel;
+    if (dtype == Float::f32) {
+      std::memcpy(static_cast<float*>(y) + at, totals, width * sizeof(float));
+    } else {
+      narrow(totals, width, static_cast<uint16_t*>(y) + at);
+    }
+  }
+}
+
 template <class Tile>
 void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last,
                      int64_t panel, uint8_t* scratch) {
+  float* totals = reinterpret_cast<float*>(scratch + kUnpackedGroups * kGroupBytes);
+  if constexpr (Tile::kFewGroups) {
+    if (last - first <= kFewRows) {
+      FewGroups<Tile>::multiply(a, w, first, static_cast<int>(last - first), panel, totals);
+      return store_totals(w, y, dtype, first, last, panel, totals);
+    }
+  }
   const int64_t depth = w.depth(), count = w.scale_groups(), quads = w.groups(), per_group = w.group_channels / kGroup;
   Panel weights(w, panel, scratch);
   const bool as_stored = multiplies_stored<Tile>(a, w, first, last);
   const int64_t limit = depth_block<Tile>(w, last - first, as_stored);
-  float* totals = reinterpret_cast<float*>(scratch + kUnpackedGroups * kGroupBytes);
   int32_t* group_sums = reinterpret_cast<int32_t*>(totals + Tile::kRowBlock * kPanel);
   int32_t rests_done[Tile::kRowBlock];
   std::memset(rests_done, 0, (last - first) * sizeof(int32_t));
@@ -76,15 +98,7 @@ void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float
       }
     }
   }
-  const int64_t width = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
-  for (int64_t m = first; m < last; ++m, totals += kPanel) {
-    const int64_t at = m * w.n + panel * kPanel;
-    if (dtype == Float::f32) {
-      std::memcpy(static_cast<float*>(y) + at, totals, width * sizeof(float));
-    } else {
-      narrow(totals, width, static_cast<uint16_t*>(y) + at);
-    }
-  }
+  store_totals(w, y, dtype, first, last, panel, totals);
 }
 
 template <class Tile>

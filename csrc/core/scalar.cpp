@@ -22,6 +22,7 @@ struct Tile {
   static int64_t row_bytes(int64_t depth) { return depth * static_cast<int64_t>(sizeof(int16_t)); }
   static int64_t rest_capacity(int64_t, int) { return 0; }
   static void add_rests(const RestRows&, int, const StoredPanel&, int32_t*) {}
+  static constexpr bool kFewGroups = false;
   using Out = RowOut;
   using Plane = CodesPlane;
   static Offset offset(const uint8_t*) { return Offset::none; }

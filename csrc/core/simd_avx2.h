@@ -58,6 +58,11 @@ struct Simd {
   static OCSQ_INLINE I zero_i() { return _mm256_setzero_si256(); }
   static OCSQ_INLINE I set1_i(int32_t v) { return _mm256_set1_epi32(v); }
   static OCSQ_INLINE I load_i(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static OCSQ_INLINE I add_i(I a, I b) { return _mm256_add_epi32(a, b); }
+  static OCSQ_INLINE I mul_i(I a, I b) { return _mm256_mullo_epi32(a, b); }
+  static OCSQ_INLINE I widen_bytes(const uint8_t* p) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static OCSQ_INLINE I sub_i(I a, I b) { return _mm256_sub_epi32(a, b); }
   static OCSQ_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }

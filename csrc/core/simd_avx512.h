@@ -67,6 +67,11 @@ struct Simd {
   static OCSQ_INLINE I zero_i() { return _mm512_setzero_si512(); }
   static OCSQ_INLINE I set1_i(int32_t v) { return _mm512_set1_epi32(v); }
   static OCSQ_INLINE I load_i(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static OCSQ_INLINE I add_i(I a, I b) { return _mm512_add_epi32(a, b); }
+  static OCSQ_INLINE I mul_i(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static OCSQ_INLINE I widen_bytes(const uint8_t* p) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static OCSQ_INLINE I sub_i(I a, I b) { return _mm512_sub_epi32(a, b); }
   static OCSQ_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }

@@ -31,6 +31,11 @@ OCSQ_INLINE void unpack_group(const uint8_t* span, int64_t j, const uint8_t* add
   }
 }
 
+// What bytes the numbers stand for that a table of levels maps.
+inline void fill_table(const PackedWeight& w, uint8_t* table) {
+  for (int64_t i = 0; i < kMaxEntries; ++i) table[i] = static_cast<uint8_t>(w.levels[i] + kOffset);
+}
+
 // A run of groups of one panel, starting with a span.
 struct Block {
   const uint8_t* weights;
@@ -151,7 +156,7 @@ class Panel {
     if (of == map_of_ || (map_of_ >= 0 && w_.zero == nullptr)) return;
     map_of_ = of;
     if (w_.levels != nullptr) {
-      for (int64_t i = 0; i < kMaxEntries; ++i) map_[i] = static_cast<uint8_t>(w_.levels[i] + kOffset);
+      fill_table(w_, map_);
     } else if (w_.zero == nullptr) {
       std::memset(map_, w_.offset() - (1 << (w_.bits - 1)), kGroupBytes);
     } else {

@@ -54,12 +54,22 @@ struct Tile : Strips<Tile, CodeRows, Block> {
 
   static constexpr auto row_bytes = int8_row_bytes;
   static constexpr auto rest_capacity = outlier_rests;
+  using Vec = Bytes256;
+  using Factor = ocsquant::Factor;
   using Out = BytesOut;
   using Plane = BytesPlane;
   static constexpr auto place = placed;
   static constexpr auto add_rests = RestSums<Bytes256, Factor>::add_rests;
   static Offset offset(const uint8_t*) { return Offset::all; }
   static bool unpacks(const uint8_t*, int64_t rows) { return rows <= kFewRows; }
+
+  static constexpr bool kFewGroups = true;
+  static constexpr int64_t kPrefetch = 4096;
+  static constexpr int few_strip(int rows) { return rows <= 2 ? 4 : 2; }
+  static OCSQ_INLINE __m256i dot(__m256i sums, __m256i weights, __m256i x) { return OCSQ_DPBUSD(sums, weights, x); }
+  static OCSQ_INLINE void fetch(const uint8_t* from, int lines, bool) {
+    for (int v = 0; v < lines; ++v) _mm_prefetch(reinterpret_cast<const char*>(from + 64 * v), _MM_HINT_T0);
+  }
 
   template <int R, int V, class S, bool kFetch>
   static OCSQ_INLINE void add_group(const CodeRows& a, const uint8_t* b, int g, const uint8_t* map, const uint8_t* next,
@@ -137,3 +147,5 @@ struct Tile : Strips<Tile, CodeRows, Block> {
 
 }  // namespace
 }  // namespace ocsquant
+
+#include "few_groups_impl.h"

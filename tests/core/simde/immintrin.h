@@ -51,6 +51,13 @@ inline int32_t total(simde__m512i v) {
   return static_cast<int32_t>(out);
 }
 
+inline simde__m512i widen_u8(simde__m128i v) {
+  const simde__m128i_private in = simde__m128i_to_private(v);
+  simde__m512i_private out;
+  for (int i = 0; i < 16; ++i) out.u32[i] = in.u8[i];
+  return simde__m512i_from_private(out);
+}
+
 inline simde__m512i widen_u16(simde__m256i v) {
   const simde__m256i_private in = simde__m256i_to_private(v);
   simde__m512i_private out;
@@ -101,6 +108,8 @@ inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float*
 #define _mm512_cvtps_epi32 shim::to_int
 #define _mm512_reduce_max_epi32 shim::largest
 #define _mm512_reduce_add_epi32 shim::total
+#undef _mm512_cvtepu8_epi32
+#define _mm512_cvtepu8_epi32 shim::widen_u8
 #define _mm512_cvtepu16_epi32 shim::widen_u16
 #define _mm512_cvtepi32_epi16 shim::truncate_to_i16
 #define _mm512_cmpneq_epi16_mask shim::unequal_i16
