@@ -130,7 +130,6 @@ class FewGroups {
           const Simd::F sum = Simd::to_float(Simd::sub_i(c[i][v], offset));
           const Simd::F scaled = Simd::mul(sum, Simd::mul(step, Simd::load(part.scale + v * Simd::W)));
           total[i][v] = g == 0 ? scaled : Simd::add(total[i][v], scaled);
-          if (part.bias != nullptr) total[i][v] = Simd::add(total[i][v], Simd::load(part.bias + v * Simd::W));
         }
       }
     }
@@ -143,19 +142,17 @@ class FewGroups {
 
   // What belongs to some columns of a group; copied where there are fewer of them.
   struct Part {
-    const float *scale, *bias;
+    const float* scale;
     const uint8_t* zero;
-    float edge_scale[kPanel], edge_bias[kPanel];
+    float edge_scale[kPanel];
     uint8_t edge_zero[kPanel];
 
     OCSQ_INLINE Part(const PackedWeight& w, int64_t panel, int64_t g, int64_t j, int64_t columns) {
       const int64_t n0 = panel * kPanel + j, left = w.n - n0;
       scale = w.scale + g * w.n + n0;
-      bias = w.bias != nullptr && g + 1 == w.scale_groups() ? w.bias + n0 : nullptr;
       zero = w.zero != nullptr ? w.zero + g * w.n + n0 : nullptr;
       if (left >= columns) return;
       scale = padded(scale, left, edge_scale);
-      if (bias != nullptr) bias = padded(bias, left, edge_bias);
       if (zero != nullptr) zero = padded(zero, left, edge_zero);
     }
 

@@ -8,28 +8,32 @@ namespace {
 template <class Tile>
 class FewGroups;  // few_groups_impl.h
 
-// One group's sums of one row, times its scales, added to the row's total; the last group adds the bias.
-struct GroupEpilogue : Epilogue {
-  bool first;
-  OCSQ_INLINE GroupEpilogue(const PackedWeight& w, int64_t panel, int64_t group)
-      : Epilogue(w, panel, group), first(group == 0) {}
-
-  OCSQ_INLINE void add(const int32_t* sums, int32_t offset, float step, float* total) const {
-    const Simd::F t = Simd::set1(step);
-    const Simd::I o = Simd::set1_i(offset);
-    for (int64_t j = 0; j < width; j += Simd::W) {
-      const Simd::F sum = Simd::to_float(Simd::sub_i(Simd::load_i(sums + j), o));
-      Simd::F v = Simd::mul(sum, Simd::mul(t, Simd::load(scale + j)));
-      if (!first) v = Simd::add(Simd::load(total + j), v);
-      if (bias != nullptr) v = Simd::add(v, Simd::load(bias + j));
-      Simd::store(total + j, v);
+// One group's sums of R rows, times its scales, added to the rows' totals.
+template <int R, bool kFirst>
+OCSQ_INLINE void add_group_sums(const int32_t* sums, const int32_t* offset, const float* step, const float* scale,
+                                int64_t width, float* totals) {
+  Simd::F t[R];
+  Simd::I o[R];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) {
+    t[i] = Simd::set1(step[i]);
+    o[i] = Simd::set1_i(offset[i]);
+  }
+  for (int64_t j = 0; j < width; j += Simd::W) {
+    const Simd::F of_columns = Simd::load(scale + j);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const Simd::F sum = Simd::to_float(Simd::sub_i(Simd::load_i(sums + i * kPanel + j), o[i]));
+      const Simd::F v = Simd::mul(sum, Simd::mul(t[i], of_columns));
+      float* total = totals + i * kPanel + j;
+      Simd::store(total, kFirst ? v : Simd::add(Simd::load(total), v));
     }
   }
-};
+}
 
 // Kept out of multiply_groups(), as finish() is of multiply().
 template <class Tile>
-__attribute__((noinline)) void finish_group(const Activations& a, const PackedWeight& w, const GroupEpilogue& epilogue,
+__attribute__((noinline)) void finish_group(const Activations& a, const PackedWeight& w, const Epilogue& epilogue,
                                             const StoredPanel& weights, int64_t group, int64_t m, int rows,
                                             int32_t* sums, float* totals, int32_t* rests_done) {
   const int64_t end = (group + 1) * w.group_channels;
@@ -44,21 +48,36 @@ __attribute__((noinline)) void finish_group(const Activations& a, const PackedWe
     rests_done[i] = to;
   }
   Tile::add_rests(rests, rows, weights, sums);
+  int32_t offset[Tile::kRows];
+  for (int i = 0; i < rows; ++i) {
+    const int32_t codes = a.group_offset_codes[(m + i) * w.scale_groups() + group];
+    offset[i] = static_cast<int32_t>(w.offset() * static_cast<uint32_t>(codes));
+  }
+  const float *step = a.step + m, *scale = epilogue.scale;
+  if (rows == Tile::kRows) {
+    group == 0 ? add_group_sums<Tile::kRows, true>(sums, offset, step, scale, epilogue.width, totals)
+               : add_group_sums<Tile::kRows, false>(sums, offset, step, scale, epilogue.width, totals);
+    return;
+  }
   for (int i = 0; i < rows; ++i, sums += kPanel, totals += kPanel) {
-    const uint32_t codes = static_cast<uint32_t>(a.group_offset_codes[(m + i) * w.scale_groups() + group]);
-    epilogue.add(sums, static_cast<int32_t>(w.offset() * codes), a.step[m + i], totals);
+    group == 0 ? add_group_sums<1, true>(sums, offset + i, step + i, scale, epilogue.width, totals)
+               : add_group_sums<1, false>(sums, offset + i, step + i, scale, epilogue.width, totals);
   }
 }
 
+// Adds the bias, and stores.
 inline void store_totals(const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last, int64_t panel,
-                         const float* totals) {
-  const int64_t width = w.n - panel * kPanel < kPanel ? w.n - panel * kPanel : kPanel;
+                         float* totals) {
+  const Epilogue epilogue(w, panel, w.scale_groups() - 1);
   for (int64_t m = first; m < last; ++m, totals += kPanel) {
+    for (int64_t j = 0; j < epilogue.width && epilogue.bias != nullptr; j += Simd::W) {
+      Simd::store(totals + j, Simd::add(Simd::load(totals + j), Simd::load(epilogue.bias + j)));
+    }
     const int64_t at = m * w.n + panel * kPanel;
     if (dtype == Float::f32) {
-      std::memcpy(static_cast<float*>(y) + at, totals, width * sizeof(float));
+      std::memcpy(static_cast<float*>(y) + at, totals, epilogue.width * sizeof(float));
     } else {
-      narrow(totals, width, static_cast<uint16_t*>(y) + at);
+      narrow(totals, epilogue.width, static_cast<uint16_t*>(y) + at);
     }
   }
 }
@@ -81,7 +100,7 @@ void multiply_groups(const Activations& a, const PackedWeight& w, void* y, Float
   int32_t rests_done[Tile::kRowBlock];
   std::memset(rests_done, 0, (last - first) * sizeof(int32_t));
   for (int64_t group = 0; group < count; ++group) {
-    const GroupEpilogue epilogue(w, panel, group);
+    const Epilogue epilogue(w, panel, group);
     const int64_t begin = group * per_group, end = begin + per_group < quads ? begin + per_group : quads;
     for (int64_t q = begin, length; q < end; q += length) {
       Block part = weights.block(q, end - q < limit ? end - q : limit, as_stored);
