@@ -89,14 +89,13 @@ OCSQ_INLINE void add_int16(__m256i (&sum)[2], const __m256i (&w)[2], __m256i x) 
       : [w0] "x"(w[0]), [w1] "x"(w[1]), [x] "x"(x));
 }
 
-// Picks the channel's weights by a one among zeros, then multiplies them by the rest, however large.
 struct Factor {
-  __m256i one, value;
+  __m256i pick, value;
   explicit OCSQ_INLINE Factor(const Rest& rest)
-      : one(_mm256_set1_epi32(static_cast<int32_t>(1u << (8 * (rest.k % kGroup))))),
-        value(_mm256_set1_epi16(static_cast<int16_t>(rest.value))) {}
+      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(pick_of(rest))))),
+        value(_mm256_set1_epi32(rest.value)) {}
   OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
-    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(bytes, one), value));
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_shuffle_epi8(bytes, pick), value));
   }
 };
 

@@ -15,6 +15,16 @@ struct RestRows {
   int32_t count[kMaxRows];
 };
 
+// Moves the byte of channel k of every column (vpshufb) to where a 32-bit lane has its lower half, alone: times a rest
+// in 16 bits, however large.
+alignas(64) constexpr uint8_t kPicks[kGroup][16] = {
+    {0, 128, 128, 128, 4, 128, 128, 128, 8, 128, 128, 128, 12, 128, 128, 128},
+    {1, 128, 128, 128, 5, 128, 128, 128, 9, 128, 128, 128, 13, 128, 128, 128},
+    {2, 128, 128, 128, 6, 128, 128, 128, 10, 128, 128, 128, 14, 128, 128, 128},
+    {3, 128, 128, 128, 7, 128, 128, 128, 11, 128, 128, 128, 15, 128, 128, 128}};
+
+OCSQ_INLINE const uint8_t* pick_of(const Rest& rest) { return kPicks[static_cast<uint32_t>(rest.k) % kGroup]; }
+
 template <class Vec, class Factor>
 struct RestSums {
   using V = typename Vec::V;

@@ -101,17 +101,5 @@ inline void placed(int16_t*, int64_t, int64_t, const TileRows&) {}
 // An outlier has one rest for its column and one for its tail column.
 constexpr int64_t outlier_rests(int64_t, int max_outliers) { return 2 * static_cast<int64_t>(max_outliers); }
 
-// Moves the byte of channel k of every column (vpshufb) to where a 32-bit lane has its lower half, alone: times a rest
-// in 16 bits, however large.
-alignas(64) constexpr uint8_t kPicks[kGroup][16] = {
-    {0, 128, 128, 128, 4, 128, 128, 128, 8, 128, 128, 128, 12, 128, 128, 128},
-    {1, 128, 128, 128, 5, 128, 128, 128, 9, 128, 128, 128, 13, 128, 128, 128},
-    {2, 128, 128, 128, 6, 128, 128, 128, 10, 128, 128, 128, 14, 128, 128, 128},
-    {3, 128, 128, 128, 7, 128, 128, 128, 11, 128, 128, 128, 15, 128, 128, 128}};
-
-OCSQ_INLINE const __m128i* pick_of(const Rest& rest) {
-  return reinterpret_cast<const __m128i*>(kPicks[static_cast<uint32_t>(rest.k) % kGroup]);
-}
-
 }  // namespace
 }  // namespace ocsquant

@@ -42,7 +42,8 @@ namespace {
 struct Factor {
   __m256i pick, value;
   explicit OCSQ_INLINE Factor(const Rest& rest)
-      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(pick_of(rest)))), value(_mm256_set1_epi32(rest.value)) {}
+      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(pick_of(rest))))),
+        value(_mm256_set1_epi32(rest.value)) {}
   OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
     return OCSQ_DPWSSD(sums, _mm256_shuffle_epi8(bytes, pick), value);
   }
