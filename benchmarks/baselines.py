@@ -1,13 +1,15 @@
-"""Other people's methods as simulations in float, beside ours in the tables: AWQ, HQQ, Hadamard, LLM.int8()."""
+"""Other people's methods as simulations in float, beside ours in the tables: AWQ, HQQ, Hadamard, LLM.int8(), DFQ."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ocsquant.methods.grid import blocked, code_limit, quantize_weight
 
@@ -141,3 +143,58 @@ def llm_int8(model: nn.Module, bits: int) -> nn.Module:
     for parent, name, module in linears(model):
         setattr(parent, name, LLMInt8(module, bits))
     return model
+
+
+def convolutions(model: nn.Sequential) -> list[tuple[int, nn.Conv2d]]:
+    return [(i, module) for i, module in enumerate(model) if isinstance(module, nn.Conv2d)]
+
+
+@torch.no_grad()
+def equalized(model: nn.Sequential, skip: str) -> nn.Sequential:
+    """Cross-layer equalization (Nagel et al. 2019, arXiv 1906.04721, eq. 11) of a chain of convolutions.
+
+    BatchNorms are folded first. Between two convolutions lie only functions f with f(s x) = s f(x) for s > 0
+    (LeakyReLU, max pooling), so that a channel's scale can move from one to the next until both have the same range.
+    The layer named `skip` stays out: it is not quantized.
+    """
+    for i, module in convolutions(model):
+        if i + 1 < len(model) and isinstance(model[i + 1], nn.BatchNorm2d):
+            model[i], model[i + 1] = fuse_conv_bn_eval(module, model[i + 1]), nn.Identity()
+    chain = [module for i, module in convolutions(model) if str(i) != skip]
+    for first, second in pairwise(chain):
+        own, next_ = first.weight.abs().amax((1, 2, 3)), second.weight.abs().amax((0, 2, 3))
+        scale = torch.where((own > 0) & (next_ > 0), (own / next_).sqrt(), torch.ones_like(own))
+        first.weight.div_(scale[:, None, None, None])
+        assert first.bias is not None
+        first.bias.div_(scale)
+        second.weight.mul_(scale[:, None, None])
+    return model
+
+
+@torch.no_grad()
+def bias_corrected(quantized: nn.Sequential, model: nn.Sequential, batches: Iterable[Tensor]) -> nn.Sequential:
+    """Bias correction (the same paper, section 4.2) by calibration: each convolution's mean output becomes the float
+    one's, layer by layer from the first on, so that what the layers before still shift is made up for too.
+    """
+    seen = torch.cat(list(batches))
+    exact, own = seen, seen
+    for i, module in enumerate(model):
+        exact, own = module(exact), quantized[i](own)
+        if isinstance(module, nn.Conv2d):
+            shift = (exact.mean((0, 2, 3)) - own.mean((0, 2, 3)))[:, None, None]
+            quantized[i] = nn.Sequential(quantized[i], Shift(shift))
+            own = own + shift
+    return quantized
+
+
+class Shift(nn.Module):
+    """x plus a constant for each channel."""
+
+    def __init__(self, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("shift", shift)
+
+    shift: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
