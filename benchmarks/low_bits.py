@@ -186,6 +186,12 @@ def authors_splitquant(model: nn.Module, bits: int = 2) -> nn.Module:
     return model
 
 
+def stored_bits(made: nn.Module) -> float:
+    """Of a weight, over all layers that were quantized."""
+    done = [line for line in ocsquant.report(made).layers if line.kernel]
+    return 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)
+
+
 def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
     figures = {"float32": subject.score(subject.model)}
     yield Row(subject.name, "float32", f"{figures['float32'][0]:.4f} {subject.unit}", "32")
@@ -202,9 +208,7 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
             simulate=True,
             filter_fn=networks.no_embedding,
         )
-        done = [line for line in ocsquant.report(made).layers if line.kernel]
-        stored = 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)
-        yield row(what, made, f"{stored:.2f}")
+        yield row(what, made, f"{stored_bits(made):.2f}")
     attention = not any(isinstance(module, nn.RNNBase) for module in subject.model.modules())
     for grid, (bits, options) in GRIDS.items() if not short else ():
         if attention:  # its scales are of linears
@@ -214,10 +218,10 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
         yield row(f"{grid}, HQQ", baselines.hqq(copy.deepcopy(subject.model), bits, options), "")
     if subject.name == "stories260K":
         yield row("SplitQuant INT2, the authors' pipeline", authors_splitquant(copy.deepcopy(subject.model)), "")
-    yield from bars(subject, {what: figure[0] for what, figure in figures.items()})
+    yield from bars_of(subject, {what: figure[0] for what, figure in figures.items()})
 
 
-def bars(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
+def bars_of(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
     sign = -1 if subject.unit == "cosine" else 1
     for grid in GRIDS:
         better = sign * (value[f"{grid}, nearest"] - value[f"{grid}, GPTQ, clip output"])
@@ -232,15 +236,21 @@ def bars(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
         yield Row(subject.name, what, f"{value[what]:.3f}", f"<= {most}", value[what] <= most)
 
 
-def run(description: str | None, name: str, columns: list[str], rows: Callable[[Subject, bool], Iterator[Row]]) -> None:
-    """A table over the four networks as a command."""
+def run(
+    description: str | None,
+    name: str,
+    columns: list[str],
+    rows: Callable[[Subject, bool], Iterable[Row]],
+    subjects: dict[str, Callable[[bool], Subject | None]] = SUBJECTS,
+) -> None:
+    """A table over several subjects as a command."""
     options = measure.parser(description or "")
-    options.add_argument("--only", choices=SUBJECTS, action="append", help="only this network; may be given again")
+    options.add_argument("--only", choices=subjects, action="append", help="only this one; may be given again")
     args = options.parse_args()
     _, head = measure.start(args)
     found: list[Row] = []
-    for key in args.only or SUBJECTS:
-        subject = SUBJECTS[key](args.short)
+    for key in args.only or subjects:
+        subject = subjects[key](args.short)
         if subject is None:
             print(f"skipped {key}: its network or text is absent")
             continue
@@ -249,7 +259,8 @@ def run(description: str | None, name: str, columns: list[str], rows: Callable[[
             print(" | ".join(row.cells()), flush=True)
     failed = sum(row.met is False for row in found)
     text = measure.table(columns, [row.cells() for row in found])
-    text += f"\n\n{sum(row.met is not None for row in found)} bars, {failed} missed"
+    bars = sum(row.met is not None for row in found)
+    text += f"\n\n{bars} bars, {failed} missed" if bars else ""
     measure.finish(name, head, text, [vars(row) for row in found])
 
 

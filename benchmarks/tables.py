@@ -1,5 +1,5 @@
-"""Every accuracy table with one command: runs accuracy.py, images.py, low_bits.py, calibrated.py, ablations.py,
-search.py and qat.py.
+"""Every accuracy table with one command: runs accuracy.py, images.py, low_bits.py, calibrated.py, classifiers.py,
+ablations.py, search.py and qat.py.
 
 A table that this tree has finished already is not run again, so an interrupted run goes on where it stopped; --again
 begins anew. At the end benchmarks/results/report.md and report.json hold all tables, with the time each took. What a
@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-TABLES = ("accuracy", "images", "low_bits", "calibrated", "ablations", "search", "qat")
+TABLES = ("accuracy", "images", "low_bits", "calibrated", "classifiers", "ablations", "search", "qat")
 
 
 def tree() -> str:
