@@ -11,7 +11,7 @@ from torch import nn
 from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
-from ocsquant.folding import fold_batchnorms
+from ocsquant.folding import check_fold, fold_batchnorms
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
@@ -29,7 +29,7 @@ def quantize(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     overrides: Mapping[str, Recipe | str] | None = None,
     simulate: bool = False,
-    fold_batchnorm: bool = False,
+    fold_batchnorm: Any = False,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize a model's layers in place and return the model.
@@ -52,8 +52,9 @@ def quantize(
             recipe's.
         simulate: compute the same codes but run float layers on the dequantized weights: for accuracy tables, and for
             layers and schemes without an integer kernel.
-        fold_batchnorm: fold each BatchNorm that directly follows a convolution in the same nn.Sequential into it first
-            (evaluation mode only).
+        fold_batchnorm: True folds each BatchNorm that directly follows a convolution in the same nn.Sequential into it
+            first (evaluation mode only). A batch (as of `calibration`) folds it wherever running the model on that
+            batch shows that the BatchNorm, and no other operator, reads what the convolution gives.
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
@@ -64,7 +65,7 @@ def quantize(
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("simulate", simulate, bool, "True or False")
-    check_type("fold_batchnorm", fold_batchnorm, bool, "True or False")
+    check_fold(fold_batchnorm)
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
     seen = None
@@ -73,7 +74,7 @@ def quantize(
         return bar_of(batches, progress, "calibrate", "batch")
 
     with torch.no_grad():
-        changes, folded, lines = fold_batchnorms(model) if fold_batchnorm else ([], {}, [])
+        changes, folded, lines = fold_batchnorms(model, fold_batchnorm)
         plan = make_plan(model, *request, filter_fn, simulate)
         for target in plan.targets:
             target.source = folded.get(id(target.module), target.module)

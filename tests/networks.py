@@ -170,7 +170,7 @@ NETWORKS = {
         values(2, 4, 5, 5),
         {"recipe": split_recipe(max_overhead=0.05), "fold_batchnorm": True, "simulate": True},
     ),
-    "residual": Network(Residual, values(2, 3, 9, 9), {"fold_batchnorm": True}),
+    "residual": Network(Residual, values(2, 3, 9, 9), {"fold_batchnorm": torch.ones(2, 3, 9, 9)}),
     "bfloat16": Network(
         lambda: mlp().bfloat16(),
         values(3, 128, dtype=torch.bfloat16),

@@ -56,3 +56,93 @@ def test_what_does_not_compute_as_its_class_does_is_not_folded():
     model[1].forward = lambda x: x * 0 + 1
     ocsquant.quantize(model, simulate=True, fold_batchnorm=True)
     assert type(model[1]) is nn.BatchNorm2d
+
+
+class Blocks(nn.Module):
+    """Pairs as networks write them: by name, in a forward of their own; `read` says what else the forward does."""
+
+    def __init__(self, read=None):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 64, 3, bias=False), nn.BatchNorm2d(64)
+        self.second, self.other = nn.Conv2d(64, 64, 1), nn.BatchNorm2d(64)
+        self.read, self.kept = read, None
+        for norm in (self.norm, self.other):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        self.eval()
+
+    def forward(self, x):
+        y = self.first(x)
+        extra = 0
+        if self.read == "operator":
+            extra = y.mean()
+        elif self.read == "in place":
+            y.relu_()
+        elif self.read == "view":
+            extra = y.view(-1)[0]
+        elif self.read == "kept":
+            self.kept = y
+        elif self.read == "norm twice":
+            self.norm(y)
+        elif self.read == "conv twice":
+            self.first(x + 1)
+        z = torch.relu(self.norm(y)) + extra
+        z = self.other(self.second(z))
+        if self.read == "given back":
+            return z, {"features": [y]}
+        return Unseen(z) if self.read == "opaque" else z
+
+
+class Unseen:
+    def __init__(self, value):
+        self.value = value
+
+
+def folded(model):
+    return [name for name, module in model.named_modules() if isinstance(module, FoldedBatchNorm)]
+
+
+@pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: {"x": x}])
+def test_a_batch_shows_which_batchnorms_follow_a_convolution(form):
+    model, x = Blocks(), torch.randn(2, 3, 9, 9)
+    expected, state = model(x), torch.get_rng_state()
+    ocsquant.quantize(model, simulate=True, overrides={"second": "W8A8"}, fold_batchnorm=form(x))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert folded(model) == ["norm", "other"]
+    assert (model(x) - expected).norm() < 0.02 * expected.norm()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    reasons = {line.path: line.reason for line in ocsquant.report(model).layers}
+    assert reasons["norm"] == "folded into the convolution"
+
+
+@pytest.mark.parametrize("read", ["operator", "in place", "view", "kept", "norm twice", "conv twice", "given back"])
+def test_what_something_else_reads_stays(read):
+    model, x = Blocks(read), torch.randn(2, 3, 9, 9)
+    ocsquant.quantize(model, simulate=True, fold_batchnorm=x)
+    assert folded(model) == ["other"]
+
+
+def test_an_output_that_cannot_be_looked_into_folds_nothing():
+    model = Blocks("opaque")
+    ocsquant.quantize(model, simulate=True, fold_batchnorm=torch.randn(2, 3, 9, 9))
+    assert folded(model) == []
+
+
+def test_hooks_training_and_shared_modules_stay():
+    x = torch.randn(2, 3, 9, 9)
+    hooked, training, shared = Blocks(), Blocks(), Blocks()
+    hooked.first.register_forward_hook(lambda module, args, output: None)
+    training.norm.train()
+    shared.again = shared.norm
+    for model in (hooked, training, shared):
+        ocsquant.quantize(model, simulate=True, fold_batchnorm=x)
+        assert folded(model) == ["other"]
+
+
+def test_a_model_that_fails_on_the_batch_stays_as_it_is():
+    model = Blocks()
+    with pytest.raises(RuntimeError, match="channels"):
+        ocsquant.quantize(model, fold_batchnorm=torch.randn(2, 5, 9, 9))
+    assert type(model.norm) is nn.BatchNorm2d
+    assert not model.first._forward_hooks
+    assert not model.training
