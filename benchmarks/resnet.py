@@ -1,7 +1,7 @@
 """A network of the shape of ResNet-50 (weights drawn at random) against float32 and FX graph mode int8.
 
-FX needs calibration and keeps uint8 between its layers; ours needs no data and takes and gives float32. "fused" is
-torch.fx.experimental.optimization.fuse, which folds the BatchNorms, before quantizing.
+FX needs calibration and keeps uint8 between its layers; ours needs no data and takes and gives float32. "folded" is
+fold_batchnorm=(the image,); of the float network, torch.fx.experimental.optimization.fuse does the same.
 """
 
 from __future__ import annotations
@@ -86,16 +86,16 @@ def main() -> None:
     args = measure.parser(__doc__).parse_args()
     repetitions, head = measure.start(args)
     model, x = resnet50(), torch.randn(INPUT)
-    fused = fuse(copy.deepcopy(model))
-    last, fused_last = (copy.deepcopy(m).to(memory_format=torch.channels_last) for m in (model, fused))
-    ours = ocsquant.quantize(copy.deepcopy(fused_last))
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     x_last = x.contiguous(memory_format=torch.channels_last)
+    ours = ocsquant.quantize(copy.deepcopy(last), fold_batchnorm=x_last)
     models: dict[str, tuple[nn.Module, Tensor, str | None]] = {
         "float32": (model, x, None),
-        "float32, channels last, fused": (fused_last, x_last, None),
+        "float32, channels last, fused": (fuse(copy.deepcopy(last)), x_last, None),
         "ocsquant": (ocsquant.quantize(copy.deepcopy(model)), x, None),
+        "ocsquant, folded": (ocsquant.quantize(copy.deepcopy(model), fold_batchnorm=x), x, None),
         "ocsquant, channels last": (ocsquant.quantize(last), x_last, None),
-        "ocsquant, channels last, fused": (ours, x_last, None),
+        "ocsquant, channels last, folded": (ours, x_last, None),
     }
     with torch.no_grad():
         models |= {f"FX {engine}": (fx_peer(model, engine, x), x, engine) for engine in measure.engines()}

@@ -266,3 +266,10 @@ def test_wrong_calls_name_the_argument():
 def test_what_has_no_kernel_says_so(module, recipe, reason):
     with pytest.raises(ocsquant.NothingToQuantizeError, match=reason):
         ocsquant.quantize(module, recipe, calibration=[torch.randn(2, module.in_channels, 6, 6)])
+
+
+def test_a_sample_too_large_for_32_bits_is_refused():
+    x = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)  # one value, seen 2^31 times
+    packed = pack(torch.ones(1, 1, 3, 3, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match=r"x must have fewer than 2\^31 values a sample, got 2147483648"):
+        ops.quantized_conv2d(x, packed, torch.ones(1), kernel_h=3, kernel_w=3)

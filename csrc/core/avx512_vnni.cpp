@@ -70,6 +70,7 @@ struct Tile {
   static constexpr auto rest_capacity = outlier_rests;
   using Vec = Bytes512;
   using Factor = ocsquant::Factor;
+  static_assert(kRows >= BytesOut::kRowsOfNotes);
   using Out = BytesOut;
   using Plane = BytesPlane;
   static constexpr auto place = placed;

@@ -5,7 +5,7 @@
 //   Vec, Factor                of RestSums
 //   dot(sums, weights, x)      sums + products of unsigned weights and signed x, four to a sum
 //   few_strip(rows)            vectors of columns whose sums and totals of that many rows fit the registers
-//   fetch(p, lines, near)
+//   fetch(p, lines, near), kPrefetch: how far ahead
 #pragma once
 
 namespace ocsquant {
@@ -33,6 +33,7 @@ class FewGroups {
       case 3:
         return strips<3, S>(a, w, first, panel, table, totals);
       default:
+        static_assert(kFewRows == 4);
         return strips<4, S>(a, w, first, panel, table, totals);
     }
   }
@@ -66,7 +67,7 @@ class FewGroups {
     const int64_t groups = w.scale_groups(), quads = w.group_channels / kGroup;
     Simd::F total[R][V];
     for (int64_t g = 0; g < groups; ++g) {
-      // The sums of one row would wait for one another: every second quad has its own.
+      // The sums of one row would wait for one another: below 8 bits every second quad has its own.
       Simd::I c[R][V], odd[R][V];
 #pragma GCC unroll 4
       for (int i = 0; i < R; ++i) {
@@ -94,7 +95,9 @@ class FewGroups {
         }
       } else {
         for (int64_t q = 0; q < count; q += kSpan, b += S::kSpanBytes) {
-          Tile::fetch(b + Tile::kPrefetch, static_cast<int>(S::kSpanBytes / kGroupBytes * kBytes * V / 64), true);
+          for (int64_t plane = 0; plane < S::kSpanBytes; plane += kGroupBytes) {
+            Tile::fetch(b + plane + Tile::kPrefetch, kBytes * V / 64, true);
+          }
           add(b, 0, c);
           R == 1 ? add(b, 1, odd) : add(b, 1, c);
           add(b, 2, c);

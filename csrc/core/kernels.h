@@ -180,7 +180,8 @@ extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
 #endif
 
-// Codes of a row up to whole spans, and how far the rows of a tile are apart before they are placed.
+// Codes of a row up to whole spans, and how far the rows of a tile are apart before they are placed; a Tile that places
+// row by row has notes there instead.
 inline int64_t padded_depth(const PackedWeight& w) {
   constexpr int64_t kChannels = kSpan * kGroup;
   return (w.depth() + kChannels - 1) / kChannels * kChannels;

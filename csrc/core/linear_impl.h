@@ -3,13 +3,17 @@
 //   kRows                                     rows of a tile
 //   row_bytes(depth)                          bytes of memory for each row of a tile, laid out as the Tile likes
 //   rest_capacity(depth, max_outliers)
-//   Out(codes, pitch, tile, i), finish(depth) what takes the codes of row i, then those behind them from memory
+//   Out(codes, pitch, tile, i)                what takes the codes of row i: expect(k) before they are put(), zeros(k)
+//                                             instead; where they do not come that way they are written to its `codes`,
+//                                             as those behind them are; then finish(depth)
 //   place(codes, pitch, depth, tile)          row-major int16 codes (its to overwrite) to that memory; fills TileRows,
 //                                             where Out::finish() has not done so row by row
 //   multiply(rows, tile, depth, block, sums)  sums[row][64] (+)= tile * block for the columns below block.width
 //   add_rests(rests, rows, panel, sums)       sums[row][64] += each rest.value * (the bytes of its column)
 //   offset(tile)                              in which products the weights' offset stays
 //   unpacks(tile, rows)                       whether multiply() takes blocks of fewer than 8 bits for that many rows
+//   Plane                                     a sample of a convolution (patches_impl.h)
+//   kFewGroups                                whether it is what few_groups_impl.h asks for
 #pragma once
 
 namespace ocsquant {
@@ -185,6 +189,7 @@ template <class Tile>
 __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& w, const Epilogue& epilogue,
                                       const StoredPanel& weights, int64_t m, int rows, int32_t* sums, void* y,
                                       Float dtype, int64_t panel) {
+  static_assert(Tile::kRows <= RestRows::kMaxRows);
   RestRows rests;
   for (int i = 0; i < rows; ++i) {
     rests.of[i] = a.rests + (m + i) * a.rest_capacity;

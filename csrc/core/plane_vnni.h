@@ -10,8 +10,7 @@ class BytesPlane {
   // Bodies [pixels][channels], then for each pixel, and for the end, the sum of all codes and the number of rests
   // before it, then the rests, at the element of the sample they belong to.
   static int64_t bytes(const PatchShape& s, int max_outliers) {
-    const int64_t rests = s.pixels() * max_outliers * static_cast<int64_t>(sizeof(Rest));
-    return rests_at(s) + (rests + 63) / 64 * 64;
+    return rests_at(s) + (most_rests(s, max_outliers) * static_cast<int64_t>(sizeof(Rest)) + 63) / 64 * 64;
   }
   // What takes the codes of a sample: bodies and rests as they come.
   class Out {
@@ -19,7 +18,7 @@ class BytesPlane {
     Out(const PatchShape& s, uint8_t* plane, int max_outliers)
         : bytes_(plane),
           rests_(reinterpret_cast<Rest*>(plane + rests_at(s))),
-          room_(static_cast<int32_t>(s.pixels() * max_outliers)),
+          room_(static_cast<int32_t>(most_rests(s, max_outliers))),
           shape_(&s) {}
     OCSQ_INLINE void start(int64_t element) { first_ = element; }
     OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t beyond) {
@@ -76,6 +75,10 @@ class BytesPlane {
   }
 
  private:
+  static int64_t most_rests(const PatchShape& s, int max_outliers) {
+    const int64_t of_pixels = s.pixels() * max_outliers;
+    return of_pixels < s.values() ? of_pixels : s.values();
+  }
   // Bodies are written in whole blocks of 64 from any pixel on.
   static int64_t sums_at(const PatchShape& s) { return (s.values() + 63) / 64 * 64 + 64; }
   static int64_t rests_at(const PatchShape& s) {

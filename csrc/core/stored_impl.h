@@ -6,7 +6,8 @@
 namespace ocsquant {
 namespace {
 
-// The most rows for which the 256-bit kernels unpack in registers.
+// The most rows for which the 256-bit kernels unpack in registers, everybody out of a table of 64 levels, and group
+// scales have a kernel of their own (few_groups_impl.h).
 constexpr int64_t kFewRows = 4;
 
 // What is between the stored numbers and the bytes to be multiplied.

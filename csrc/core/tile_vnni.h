@@ -31,6 +31,8 @@ OCSQ_INLINE int32_t rest_of(int code) { return code > 127 ? code - 127 : code < 
 // Codes become bodies as they come; those that may have rests are noted, and looked at once the row is complete.
 class BytesOut {
  public:
+  // Of `codes`: the row itself and, where two more would be, the notes.
+  static constexpr int kRowsOfNotes = 3;
   int16_t* codes;
 
   OCSQ_INLINE BytesOut(int16_t* all, int64_t pitch, const TileRows& tile, int row)

@@ -1,6 +1,6 @@
 // Weights of fewer than 8 bits become bytes again, a block at a time in cache, as the tiles read them: one code path
-// for all widths, zero points and tables of levels, and the same products. Included inside a target region, after
-// simd_*.h.
+// for all widths, zero points and tables of levels, and the same products; or, of single groups, in registers. Included
+// inside a target region, after simd_*.h and stored_impl.h.
 #pragma once
 
 namespace ocsquant {

@@ -57,6 +57,7 @@ struct Tile : Strips<Tile, CodeRows, Block> {
   static constexpr auto rest_capacity = outlier_rests;
   using Vec = Bytes256;
   using Factor = ocsquant::Factor;
+  static_assert(kRows >= BytesOut::kRowsOfNotes);
   using Out = BytesOut;
   using Plane = BytesPlane;
   static constexpr auto place = placed;

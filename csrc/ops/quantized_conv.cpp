@@ -1,5 +1,6 @@
 // A convolution in integers: each sample quantized once, its patches multiplied as rows of a linear, block by block.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "linear.h"
@@ -60,6 +61,7 @@ void fill_pixels(const Convolution& c, const Planes&, int64_t first, int64_t cou
   for (int64_t i = 0, run; i < count; i += run) {
     const int64_t sample = (first + i) / s.rows(), pixel = (first + i) % s.rows();
     const int64_t line = pixel / s.out_w, column = pixel % s.out_w;
+    // Channels last with strides of 1 does not come here.
     const bool all = s.stride_h == 1 && s.stride_w == 1;
     run = std::min(count - i, all ? s.rows() - pixel : s.stride_w == 1 ? s.out_w - column : 1);
     const int64_t from = line * s.stride_h * s.width + column * s.stride_w;
@@ -177,6 +179,8 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const PatchShape s = {x.size(1), height,    width,      kernel_h,   kernel_w, stride_h, stride_w,
                         padding_h, padding_w, dilation_h, dilation_w, out_h,    out_w};
   const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth());
+  OCSQ_CHECK(s.values() <= std::numeric_limits<int32_t>::max(), kOp,
+             ": x must have fewer than 2^31 values a sample, got ", s.values());
   const int64_t n = weight.weight().n, samples = x.size(0);
   const bool last = is_channels_last(x);
   const Tensor source = last ? x : dense(x);

@@ -23,14 +23,15 @@ struct Picture {
     s.out_h = (s.height + 2 * s.padding_h - s.dilation_h * (s.kernel_h - 1) - 1) / s.stride_h + 1;
     s.out_w = (s.width + 2 * s.padding_w - s.dilation_w * (s.kernel_w - 1) - 1) / s.stride_w + 1;
     static constexpr int kOutliers[] = {0, 1, 16, 64};
-    how = {8, kOutliers[r.below(4)], 2.0f + r.uniform() * 3.0f};
+    static constexpr int kBits[] = {8, 8, 6, 4};
+    how = {kBits[r.below(4)], kOutliers[r.below(4)], 2.0f + r.uniform() * 3.0f};
     first.resize(s.values());
     last.resize(s.values());
     const uint64_t kind = r.below(3);
     for (float& v : first) {
       v = r.gauss() * (r.below(30) == 0 ? 40.0f : 1.0f);
       if (kind == 0) v = std::max(v, 0.0f);
-      if (kind == 1 && r.below(500) == 0) v = float_of(0x7f800000);
+      if (kind == 1 && r.below(500) == 0) v = float_of(r.below(2) == 0 ? 0x7f800000 : 0x7fc00000);
     }
     for (int64_t c = 0; c < s.channels; ++c) {
       for (int64_t p = 0; p < s.pixels(); ++p) last[p * s.channels + c] = first[c * s.pixels() + p];

@@ -222,7 +222,7 @@ void large_shapes(std::vector<Level>& levels, Rig& rig, int64_t every) {
   Tokens tokens;
   Weight weight;
   uint64_t turn = 0;
-  for (int64_t k : {255, 256, 257, 511, 512, 513, 1025}) {
+  for (int64_t k : {255, 256, 257, 511, 512, 513, 1025, 2052, 3000}) {
     for (int64_t m : {47, 48, 49, 191, 192, 193, 400}) {
       for (int64_t n : {63, 64, 65, 127, 128, 129}) {
         const uint64_t seed = mix(m, n, k);

@@ -72,13 +72,6 @@ inline simde__m256i truncate_to_i16(simde__m512i v) {
   return simde__m256i_from_private(out);
 }
 
-inline uint32_t unequal_i16(simde__m512i a, simde__m512i b) {
-  const simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b);
-  uint32_t out = 0;
-  for (int i = 0; i < 32; ++i) out |= static_cast<uint32_t>(x.i16[i] != y.i16[i]) << i;
-  return out;
-}
-
 inline uint32_t greater_i16(simde__m512i a, simde__m512i b) {
   const simde__m512i_private x = simde__m512i_to_private(a), y = simde__m512i_to_private(b);
   uint32_t out = 0;
@@ -112,7 +105,6 @@ inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float*
 #define _mm512_cvtepu8_epi32 shim::widen_u8
 #define _mm512_cvtepu16_epi32 shim::widen_u16
 #define _mm512_cvtepi32_epi16 shim::truncate_to_i16
-#define _mm512_cmpneq_epi16_mask shim::unequal_i16
 #undef _mm512_cmpgt_epi16_mask
 #define _mm512_cmpgt_epi16_mask shim::greater_i16
 #undef _mm512_maskz_loadu_epi16
