@@ -1,7 +1,8 @@
 """A network of the shape of ResNet-50 (weights drawn at random) against float32 and FX graph mode int8.
 
 FX needs calibration and keeps uint8 between its layers; ours needs no data and takes and gives float32. "folded" is
-fold_batchnorm=(the image,); of the float network, torch.fx.experimental.optimization.fuse does the same.
+fold_batchnorm=the image; of the float network, torch.fx.experimental.optimization.fuse does the same. Large outputs in
+float32 make the time depend on the memory that other models have left behind: --alone shows it without.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ def fx_peer(model: nn.Module, engine: str, x: Tensor) -> nn.Module:
 
 
 def main() -> None:
-    args = measure.parser(__doc__).parse_args()
+    options = measure.parser(__doc__)
+    options.add_argument(
+        "--alone", action="store_true", help="float32 and the last of ours, with no other in the process"
+    )
+    args = options.parse_args()
     repetitions, head = measure.start(args)
     model, x = resnet50(), torch.randn(INPUT)
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
@@ -98,8 +103,11 @@ def main() -> None:
         "ocsquant, channels last, folded": (ours, x_last, None),
     }
     with torch.no_grad():
-        models |= {f"FX {engine}": (fx_peer(model, engine, x), x, engine) for engine in measure.engines()}
         expected = model(x)
+        if args.alone:
+            models = {name: models[name] for name in ("float32", "ocsquant, channels last, folded")}
+        else:
+            models |= {f"FX {engine}": (fx_peer(model, engine, x), x, engine) for engine in measure.engines()}
 
     def run(network: nn.Module, given: Tensor, engine: str | None) -> Call:
         return Call(lambda: network(given), engine)
