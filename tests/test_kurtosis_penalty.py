@@ -158,6 +158,8 @@ def _worker(rank: int, path: str, kind: str, compiled: bool, results) -> None:
     if rank == 0:
         results.put(gradient(model).numpy())
     dist.barrier()
+    # Before the group, whose threads abort the process if something still holds them when it ends.
+    del run, parallel
     dist.destroy_process_group()
 
 
