@@ -89,11 +89,8 @@ OCSQ_INLINE void add_int16(__m256i (&sum)[2], const __m256i (&w)[2], __m256i x) 
       : [w0] "x"(w[0]), [w1] "x"(w[1]), [x] "x"(x));
 }
 
-struct Factor {
-  __m256i pick, value;
-  explicit OCSQ_INLINE Factor(const Rest& rest)
-      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(pick_of(rest))))),
-        value(_mm256_set1_epi32(rest.value)) {}
+struct Factor : Picked<Bytes256> {
+  explicit OCSQ_INLINE Factor(const Rest& rest) : Picked(rest) {}
   OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_shuffle_epi8(bytes, pick), value));
   }

@@ -50,11 +50,8 @@ struct Narrow {
 namespace ocsquant {
 namespace {
 
-struct Factor {
-  __m512i pick, value;
-  explicit OCSQ_INLINE Factor(const Rest& rest)
-      : pick(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(pick_of(rest))))),
-        value(_mm512_set1_epi32(rest.value)) {}
+struct Factor : Picked<Bytes512> {
+  explicit OCSQ_INLINE Factor(const Rest& rest) : Picked(rest) {}
   OCSQ_INLINE __m512i add(__m512i sums, __m512i bytes) const {
     return _mm512_dpwssd_epi32(sums, _mm512_shuffle_epi8(bytes, pick), value);
   }

@@ -8,6 +8,10 @@ struct Bytes256 {
   using V = __m256i;
   static OCSQ_INLINE V load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static OCSQ_INLINE void store(uint8_t* p, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  // 16 bytes, again and again.
+  static OCSQ_INLINE V repeat(const uint8_t* p) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static OCSQ_INLINE V all(int byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
   static OCSQ_INLINE V add(V a, V b) { return _mm256_add_epi8(a, b); }
   static OCSQ_INLINE V both(V a, V b) { return _mm256_and_si256(a, b); }
@@ -16,10 +20,7 @@ struct Bytes256 {
   static OCSQ_INLINE V down(V a, int bits) { return _mm256_srli_epi16(a, bits); }
   static OCSQ_INLINE V up(V a, int bits) { return _mm256_slli_epi16(a, bits); }
   // In a table of 16 bytes.
-  static OCSQ_INLINE V look_up(const uint8_t* table, V code) {
-    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(entries), code);
-  }
+  static OCSQ_INLINE V look_up(const uint8_t* table, V code) { return _mm256_shuffle_epi8(repeat(table), code); }
   static OCSQ_INLINE V look_up64(const uint8_t* table, V code) {
     // The upper two bits of a code, moved to where a blend looks.
     const V odd = _mm256_slli_epi16(code, 3), upper = _mm256_slli_epi16(code, 2);

@@ -158,13 +158,6 @@ class FewGroups {
       scale = padded(scale, left, edge_scale);
       if (zero != nullptr) zero = padded(zero, left, edge_zero);
     }
-
-    template <class T>
-    static const T* padded(const T* from, int64_t count, T (&to)[kPanel]) {
-      std::memset(to, 0, sizeof(to));
-      std::memcpy(to, from, count * sizeof(T));
-      return to;
-    }
   };
 
   // Of a group of channels, the first of a span below 8 bits.

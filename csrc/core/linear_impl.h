@@ -134,6 +134,13 @@ void quantize(const void* x, Float dtype, const TokenQuantizer& how, const Packe
   place_rows<Tile>(TokenRows{x, dtype, how, w.k, wide}, w, a, first, last, codes);
 }
 
+template <class T>
+OCSQ_INLINE const T* padded(const T* from, int64_t count, T (&to)[kPanel]) {
+  std::memset(to, 0, sizeof(to));
+  std::memcpy(to, from, count * sizeof(T));
+  return to;
+}
+
 // Scale of one panel, or of one group of its channels, and with the last group its bias; padded to 64 columns.
 struct Epilogue {
   const float* scale;
@@ -147,14 +154,8 @@ struct Epilogue {
     scale = w.scale + group * w.n + n0;
     bias = w.bias != nullptr && group + 1 == w.scale_groups() ? w.bias + n0 : nullptr;
     if (width < kPanel) {
-      std::memset(edge_scale, 0, sizeof(edge_scale));
-      std::memcpy(edge_scale, scale, width * sizeof(float));
-      scale = edge_scale;
-      if (bias != nullptr) {
-        std::memset(edge_bias, 0, sizeof(edge_bias));
-        std::memcpy(edge_bias, bias, width * sizeof(float));
-        bias = edge_bias;
-      }
+      scale = padded(scale, width, edge_scale);
+      if (bias != nullptr) bias = padded(bias, width, edge_bias);
     }
   }
 

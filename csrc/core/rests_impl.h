@@ -23,7 +23,13 @@ alignas(64) constexpr uint8_t kPicks[kGroup][16] = {
     {2, 128, 128, 128, 6, 128, 128, 128, 10, 128, 128, 128, 14, 128, 128, 128},
     {3, 128, 128, 128, 7, 128, 128, 128, 11, 128, 128, 128, 15, 128, 128, 128}};
 
-OCSQ_INLINE const uint8_t* pick_of(const Rest& rest) { return kPicks[static_cast<uint32_t>(rest.k) % kGroup]; }
+// Both halves of a Factor.
+template <class Vec>
+struct Picked {
+  typename Vec::V pick, value;
+  explicit OCSQ_INLINE Picked(const Rest& rest)
+      : pick(Vec::repeat(kPicks[static_cast<uint32_t>(rest.k) % kGroup])), value(Simd::set1_i(rest.value)) {}
+};
 
 template <class Vec, class Factor>
 struct RestSums {

@@ -10,16 +10,17 @@ struct Bytes512 {
   using V = __m512i;
   static OCSQ_INLINE V load(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static OCSQ_INLINE void store(uint8_t* p, V v) { _mm512_storeu_si512(p, v); }
+  // 16 bytes, again and again.
+  static OCSQ_INLINE V repeat(const uint8_t* p) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static OCSQ_INLINE V all(int byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
   static OCSQ_INLINE V add(V a, V b) { return _mm512_add_epi8(a, b); }
   static OCSQ_INLINE V both(V a, V b) { return _mm512_and_si512(a, b); }
   static OCSQ_INLINE V either(V a, V b) { return _mm512_or_si512(a, b); }
   static OCSQ_INLINE V down(V a, int bits) { return _mm512_srli_epi16(a, bits); }
   static OCSQ_INLINE V up(V a, int bits) { return _mm512_slli_epi16(a, bits); }
-  static OCSQ_INLINE V look_up(const uint8_t* table, V code) {
-    const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), code);
-  }
+  static OCSQ_INLINE V look_up(const uint8_t* table, V code) { return _mm512_shuffle_epi8(repeat(table), code); }
   static OCSQ_INLINE V look_up64(const uint8_t* table, V code) {
     const __mmask64 odd = _mm512_test_epi8_mask(code, all(16)), upper = _mm512_test_epi8_mask(code, all(32));
     const V low = _mm512_mask_blend_epi8(odd, look_up(table, code), look_up(table + 16, code));

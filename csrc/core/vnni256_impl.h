@@ -39,11 +39,8 @@ struct Narrow {
 namespace ocsquant {
 namespace {
 
-struct Factor {
-  __m256i pick, value;
-  explicit OCSQ_INLINE Factor(const Rest& rest)
-      : pick(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(pick_of(rest))))),
-        value(_mm256_set1_epi32(rest.value)) {}
+struct Factor : Picked<Bytes256> {
+  explicit OCSQ_INLINE Factor(const Rest& rest) : Picked(rest) {}
   OCSQ_INLINE __m256i add(__m256i sums, __m256i bytes) const {
     return OCSQ_DPWSSD(sums, _mm256_shuffle_epi8(bytes, pick), value);
   }
