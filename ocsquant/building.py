@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import heapq
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
@@ -25,15 +24,14 @@ from ocsquant.layers import (
 )
 from ocsquant.methods import ocs
 from ocsquant.methods.grid import QuantizedWeight, weight_sqnr
-from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn import (
     FORMS,
-    FakeQuantizeInput,
     Quantized,
     QuantizedConv,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    SimulatedLinear,
     SplitConv,
     SplitLinear,
     StoredWeight,
@@ -60,13 +58,6 @@ def build(
     ]
     for target, new, layer in tie(made):
         inherit(new, target.source)
-        if (
-            simulate
-            and target.kind == "linear"
-            and target.recipe.activations
-            and target.recipe.weights.bits is not None
-        ):
-            _hook_input(new, target)
         changes.append(become(target.module, new))
         layers.append(layer)
     layers += redirect(model, {id(target.module) for target in plan.targets}, changes)
@@ -107,7 +98,7 @@ def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPla
         layer.activation_bits = made.activation_bits
         layer.bytes_after = sum(b.numel() * b.element_size() for b in made.buffers())
     else:
-        new = _build_simulated(module, [matrix for matrix, _ in parts], quantized, target.transform)
+        new = _build_simulated(target, [matrix for matrix, _ in parts], quantized)
         layer.kernel = "simulated in float"
         if target.kind != "linear" and recipe.activations is not None:
             notes.append("activations stay float")
@@ -142,12 +133,8 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
     return QuantizedLinear.from_weight(weight, module.bias, activations, transform, module.weight)
 
 
-def _build_simulated(
-    module: nn.Module,
-    found: list[Matrix],
-    quantized: list[QuantizedWeight],
-    transform: InputTransform | ClippedInput | None,
-) -> nn.Module:
+def _build_simulated(target: Target, found: list[Matrix], quantized: list[QuantizedWeight]) -> nn.Module:
+    module, transform, activations = target.source, target.transform, target.recipe.activations
     new = copy.copy(module)
     new.__dict__ = dict(module.__dict__)
     new._parameters = dict(module._parameters)
@@ -164,15 +151,9 @@ def _build_simulated(
         new._parameters["bias"] = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
     if isinstance(new, nn.RNNBase):
         new._init_flat_weights()
+    if isinstance(new, nn.Linear) and activations is not None:
+        return SimulatedLinear.of(new, quantized[0], activations, transform)
     return new
-
-
-def _hook_input(new: nn.Module, target: Target) -> None:
-    assert target.recipe.activations is not None
-    new._forward_pre_hooks = OrderedDict(new._forward_pre_hooks)
-    new._forward_pre_hooks_with_kwargs = OrderedDict(new._forward_pre_hooks_with_kwargs)
-    hook = FakeQuantizeInput(target.recipe.activations, target.transform)
-    new.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _build_split(target: Target, matrix: Matrix, plan: ocs.SplitPlan | None) -> tuple[nn.Module, Layer]:

@@ -29,10 +29,10 @@ from ocsquant.folding import BATCH_NORMS, FoldedBatchNorm
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import (
     FORMS,
-    FakeQuantizeInput,
     Quantized,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    SimulatedLinear,
     SplitConv,
     SplitLinear,
     quantized_modules,
@@ -63,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     for name, module in quantized_modules(model):
         layers[name] = module.settings()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (SplitLinear, SplitConv)) or _simulated(module):
+        if isinstance(module, (SplitLinear, SplitConv, SimulatedLinear)):
             raise UnsupportedModuleError(name, "simulated and written-out split layers are not saved by ocsquant.save")
         elif isinstance(module, QuantizedMultiheadAttention):
             attention.append(name)
@@ -109,10 +109,6 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     commit(changes)
     return model
-
-
-def _simulated(module: nn.Module) -> bool:
-    return any(isinstance(hook, FakeQuantizeInput) for hook in module._forward_pre_hooks.values())
 
 
 def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

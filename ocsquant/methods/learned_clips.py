@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ocsquant.methods.grid import QuantizedWeight
+from ocsquant.methods.products import quantized_product
 
 VALUES = 1 << 16  # of a sample that the search looks at
 STEPS = 24  # positions of each clip in a round of the search, to either side
@@ -52,10 +53,13 @@ class ClippedInput:
 
     def apply(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with, for float32 inputs [m, k]."""
+        return self._levels(x) * self.step + self.low
+
+    def _levels(self, x: Tensor) -> Tensor:
         if self.input_inverse is not None:
             x = x * self.input_inverse
         place = (torch.minimum(torch.maximum(x, self.low), self.high) - self.low) * self.inverse_step
-        return place.round().clamp(max=float(2**self.bits - 1)) * self.step + self.low
+        return place.round().clamp(max=float(2**self.bits - 1))
 
     def fold(self, weight: Tensor) -> Tensor:
         """The weight that is quantized: itself, scaled with its input already."""
@@ -63,6 +67,21 @@ class ClippedInput:
 
     def unfold(self, weight: Tensor) -> Tensor:
         return weight
+
+    def offset(self, quantized: QuantizedWeight) -> Tensor:
+        """float64 [n]: what each output has beside the product of the codes."""
+        middle = self.low.double() + 2 ** (self.bits - 1) * self.step.double()
+        return quantized.dequantize().double().sum(1) * middle
+
+    def product(
+        self, x: Tensor, integers: Tensor, scale: Tensor, group_size: int, offset: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """float32 [m, n]: what `scale_folded_linear` makes of float32 x [m, k], on any device.
+
+        integers, scale, group_size: as of `quantized_product`; offset: of `offset`; bias: float32 [n] or None.
+        """
+        codes, total = self._levels(x) - 2.0 ** (self.bits - 1), offset if bias is None else offset + bias.double()
+        return quantized_product(codes, x.new_ones(len(x)), integers, scale * self.step, group_size, total.float())
 
     def operands(
         self, quantized: QuantizedWeight, weight: Tensor, bias: Tensor | None
@@ -77,8 +96,7 @@ class ClippedInput:
             if self.input_inverse is None
             else self.input_inverse
         )
-        middle = self.low.double() + 2 ** (self.bits - 1) * self.step.double()
-        moved = quantized.dequantize().double().sum(1) * middle
+        moved = self.offset(quantized)
         total = moved if bias is None else moved + bias.double()
         # Dividing by a power of two and multiplying again loses nothing: the codes stay those of `apply`.
         return quantized.scale[:, 0] * self.step, total.float(), self.inverse_step * ones, self.low / ones

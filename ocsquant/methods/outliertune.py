@@ -109,4 +109,4 @@ def transformed_codes(
     clipped = (codes.abs() > limit).sum(1) > max_outliers
     codes[clipped] = codes[clipped].clamp(-limit, limit)
     codes[bad] = 0.0
-    return codes, torch.where(bad, torch.nan, torch.ones(x.shape[0]))
+    return codes, torch.where(bad, torch.nan, x.new_ones(x.shape[0]))

@@ -10,8 +10,8 @@ LANES = 64
 
 def sum_of_squares(x: Tensor) -> Tensor:
     """float32 [m]: 64 running sums over positions modulo 64, then added in halves; the order every kernel follows."""
-    lanes = torch.nn.functional.pad(x, (0, -x.shape[1] % LANES)).reshape(x.shape[0], -1, LANES)
-    total = torch.zeros(x.shape[0], LANES)
+    lanes = torch.nn.functional.pad(x, (0, -x.shape[1] % LANES)).unflatten(1, (-(-x.shape[1] // LANES), LANES))
+    total = x.new_zeros(x.shape[0], LANES)
     for block in range(lanes.shape[1]):
         total = total + lanes[:, block] * lanes[:, block]
     while total.shape[1] > 1:
@@ -23,7 +23,7 @@ def sum_of_squares(x: Tensor) -> Tensor:
 def quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: float) -> tuple[Tensor, Tensor]:
     """Codes (whole float32) [m, k] and steps [m] of float32 tokens [m, k]; a non-finite token has a NaN step."""
     limit = torch.tensor(float(2 ** (bits - 1) - 1))
-    absmax = x.abs().amax(1) if x.shape[1] else torch.zeros(x.shape[0])
+    absmax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     step = absmax / limit
     if max_outliers > 0 and x.shape[1]:
         squares = sum_of_squares(x)
@@ -49,10 +49,3 @@ def quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: 
 def _codes(x: Tensor, step: Tensor) -> Tensor:
     inverse = torch.where(step > 0, 1.0 / step, torch.zeros_like(step))
     return (x * inverse[:, None]).round_()
-
-
-def fake_quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: float) -> Tensor:
-    """`x` [..., k] rounded to its codes and back, in its own dtype."""
-    flat = x.reshape(-1, x.shape[-1]).float()
-    codes, step = quantize_tokens(flat, bits, max_outliers, outlier_threshold)
-    return (codes * step[:, None]).reshape(x.shape).to(x.dtype)

@@ -5,7 +5,7 @@ from ocsquant.nn.convolution import QuantizedConv
 from ocsquant.nn.linear import QuantizedLinear
 from ocsquant.nn.quantized import Quantized, quantized_modules
 from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
-from ocsquant.nn.simulated import FakeQuantizeInput
+from ocsquant.nn.simulated import SimulatedLinear
 from ocsquant.nn.split import SplitConv, SplitLinear
 from ocsquant.nn.tied import TiedEmbedding
 from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
@@ -13,7 +13,6 @@ from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
 __all__ = [
     "FORMS",
     "RECURRENT_FORMS",
-    "FakeQuantizeInput",
     "Quantized",
     "QuantizedConv",
     "QuantizedGRU",
@@ -21,6 +20,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "QuantizedRecurrent",
+    "SimulatedLinear",
     "SplitConv",
     "SplitLinear",
     "StoredWeight",

@@ -95,11 +95,9 @@ def _target(path: str, layer: QATLinear, weights: Weights | None, simulate: bool
 
 
 def _inputs(path: str, layer: QATLinear) -> tuple[ClippedInput | None, Activations | None]:
-    bits, low, high = layer.config.activation_bits, layer.clip_neg, layer.clip_pos
-    if bits is None or low is None or high is None:
-        return None, None
-    for name, clip in (("clip_neg", low), ("clip_pos", high)):
-        if not bool(clip.isfinite().all()):
+    for name in ("clip_neg", "clip_pos"):
+        clip = getattr(layer, name)
+        if clip is not None and not bool(clip.isfinite().all()):
             raise NonFiniteError(f"{path}.{name}".lstrip("."), 1, 0)
-    transform = ClippedInput.between(low, high, bits, layer.config.align_zero, layer.input_inverse)
-    return transform, PerTensorStatic(bits, symmetric=False)
+    clipped = layer.clipped_input()
+    return clipped, None if clipped is None else PerTensorStatic(clipped.bits, symmetric=False)

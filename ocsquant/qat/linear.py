@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ocsquant.config import Weights, check_type
 from ocsquant.errors import ArgumentError
-from ocsquant.methods.grid import blocked, code_limit, usable_scale
+from ocsquant.methods.grid import blocked, code_limit, quantize_weight, usable_scale
+from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.nn.quantized import keeping_dtype
 from ocsquant.ops import fake_quantize_clip, fake_quantize_split
 from ocsquant.qat.config import Config
@@ -56,10 +57,23 @@ class QATLinear(nn.Linear):
         self.log = torch.zeros(3, dtype=torch.float64, device="cpu")
 
     def forward(self, input: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            clipped, weights = self.clipped_input(), self.trained_weights
+            if clipped is not None and weights is not None:
+                return self._evaluated(input, clipped, weights)
         y = F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
         if self.penalty is not None and self.training and torch.is_grad_enabled() and y.requires_grad:
             y = self.penalty.apply(self, _widened(y), self.config.kurtosis_target, self.log).to(y.dtype)
         return y
+
+    def _evaluated(self, input: Tensor, clipped: ClippedInput, weights: Weights) -> Tensor:
+        """The output of what `convert` makes of this layer, bit for bit."""
+        bits, size = weights.bits, weights.group_size
+        assert bits is not None
+        quantized = quantize_weight(self.weight.float(), bits, weights.granularity, size, ranges=self.splits)
+        form = (quantized.integers(), quantized.scale, quantized.group_size, clipped.offset(quantized))
+        flat, bias = input.reshape(-1, input.shape[-1]).float(), None if self.bias is None else self.bias.float()
+        return clipped.product(flat, *form, bias).reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied with."""
@@ -84,6 +98,13 @@ class QATLinear(nn.Linear):
             scale = usable_scale((rows.float().abs() / splits).amax(1) / code_limit(bits))
         rows = fake_quantize_split(_widened(rows), scale, splits, bits).to(w.dtype)
         return rows if rows.shape == w.shape else rows.reshape(w.shape[0], -1)[:, : self.in_features]
+
+    def clipped_input(self) -> ClippedInput | None:
+        """The grid of the input between its clips as they are now."""
+        bits, low, high = self.config.activation_bits, self.clip_neg, self.clip_pos
+        if bits is None or low is None or high is None:
+            return None
+        return ClippedInput.between(low, high, bits, self.config.align_zero, self.input_inverse)
 
     @property
     def trained_weights(self) -> Weights | None:
