@@ -130,7 +130,7 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
         float_weight: Tensor = module.weight  # type: ignore[assignment]
         return form(module, StoredWeight.of(weight, float_weight.shape), getattr(module, "bias", None))
     assert isinstance(module, nn.Linear)
-    return QuantizedLinear.from_weight(weight, module.bias, activations, transform, module.weight)
+    return QuantizedLinear.from_weight(weight, module.bias, activations, transform, module.weight, target.nonlinearity)
 
 
 def _build_simulated(target: Target, found: list[Matrix], quantized: list[QuantizedWeight]) -> nn.Module:

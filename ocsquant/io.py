@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from ocsquant.errors import (
     UnsupportedVersionError,
 )
 from ocsquant.folding import BATCH_NORMS, FoldedBatchNorm
+from ocsquant.fusing import placed, replace
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import (
     FORMS,
+    FusedNonlinearity,
     Quantized,
     QuantizedLinear,
     QuantizedMultiheadAttention,
@@ -37,15 +40,16 @@ from ocsquant.nn import (
     SplitLinear,
     quantized_modules,
 )
+from ocsquant.nn.fused import nonlinearity_of
 from ocsquant.nn.linear import FLOATS
 from ocsquant.records import layer_from
 from ocsquant.transaction import FOLDED, Change, become, commit, inherit, set_attribute, set_class
 
-VERSION = 6
+VERSION = 7
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
-ENTRIES = {"version", "layers", "attention", "attributes", "folded", "aliases", "sha256", "report"}
+ENTRIES = {"version", "layers", "attention", "attributes", "folded", "fused", "aliases", "sha256", "report"}
 FOLDING = (*BATCH_NORMS, FoldedBatchNorm)  # what a convolution may take over, or has
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -59,7 +63,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("path", path, (str, os.PathLike), "a path")
     layers: dict[str, Any] = {}
-    attention, attributes, folded = [], [], []
+    attention, attributes, folded, fused = [], [], [], []
     for name, module in quantized_modules(model):
         layers[name] = module.settings()
     for name, module in model.named_modules(remove_duplicate=False):
@@ -71,6 +75,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             attributes += [[name, a, module.__dict__[a]] for a in SWITCHED_OFF if not module.__dict__.get(a, True)]
         if isinstance(module, FoldedBatchNorm) or module.__dict__.get(FOLDED):
             folded.append(name)
+        for place, found in (*module._modules.items(), *module.__dict__.items()):
+            if isinstance(found, FusedNonlinearity):
+                fused.append([name, place, found.nonlinearity])
     if not layers:
         raise ArgumentError("model", "a model with quantized layers", type(model).__name__)
     tensors, aliases = _unique(model.state_dict())
@@ -80,6 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "attention": attention,
         "attributes": attributes,
         "folded": folded,
+        "fused": fused,
         "aliases": aliases,
         "sha256": {name: _sha256(t) for name, t in tensors.items()},
         "report": reporting.layers_to_json(model.__dict__.get(reporting.ATTRIBUTE, ())),
@@ -227,6 +235,7 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     norms = {name for name in record["folded"] if isinstance(modules.get(name), FOLDING)}
     for name in record["folded"]:
         changes += _place_folded(name, modules.get(name), left)
+    changes += _place_fused(modules, record)
     changes += _place_floats(model, left, {*record["layers"], *norms})
     try:
         layers = tuple(reporting.Layer(**row) for row in record["report"])
@@ -249,6 +258,20 @@ def _place_folded(path: str, module: nn.Module | None, left: dict[str, Tensor]) 
             raise SchemaMismatchError(f"'{path}.bias' is {bias.dtype} {tuple(bias.shape)} in the file, for {module}")
         store, value = module._parameters, nn.Parameter(bias, requires_grad=weight.requires_grad)
         changes.append((lambda: store.__setitem__("bias", value), lambda: store.__setitem__("bias", None)))
+    return changes
+
+
+def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[Change]:
+    """Nonlinearities that the layers before them compute."""
+    computed = Counter(s.get("nonlinearity") for s in record["layers"].values() if s.get("nonlinearity"))
+    if computed != Counter(kind for _, _, kind in record["fused"]):
+        raise CorruptCheckpointError("its layers compute other nonlinearities than it says that they replace")
+    changes = []
+    for path, place, kind in record["fused"]:
+        holder = modules.get(path)
+        if holder is None or nonlinearity_of(placed(holder, place)) != kind:
+            raise SchemaMismatchError(f"the file has a {kind} at '{place}' of '{path}', the model has not")
+        changes.append(replace(holder, place, FusedNonlinearity(kind)))
     return changes
 
 

@@ -42,6 +42,7 @@ class Target:
     copies: Tensor | None = None  # int32 [channels]: how wide each input channel's codes are, where that is decided
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the inputs of each weight, for clip "output"
     hessians: dict[str, Tensor] = field(default_factory=dict)  # the same for rounding "gptq", while it is built
+    nonlinearity: str | None = None  # that the layer is to compute too
     notes: list[str] = field(default_factory=list)
 
     def matrices(self) -> Iterator[Matrix]:

@@ -25,6 +25,7 @@ from ocsquant.nn import (
 )
 from ocsquant.nn.convolution import SETTINGS as CONVOLUTION_SETTINGS
 from ocsquant.nn.recurrent import SETTINGS, part_names, part_sizes
+from ocsquant.ops.nonlinear import NONLINEARITIES
 from ocsquant.suitability import GROUP_STEP
 
 
@@ -112,7 +113,7 @@ def _tied(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tens
     if kind_of_layer(old) != "Embedding":
         raise SchemaMismatchError(f"the file has a tied embedding '{path}', the model {type(old).__name__}")
     _check_sizes(path, old, (n, k), False)
-    form = {"in_features": k, "out_features": n, "bits": 8, "group_size": 0, "weight_bits": 8}
+    form = {"in_features": k, "out_features": n, "bits": 8, "group_size": 0, "weight_bits": 8, "nonlinearity": None}
     return TiedEmbedding(old, _linear({**form, "activations": dataclasses.asdict(PerToken())}, t, check))
 
 
@@ -183,8 +184,10 @@ def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Qua
     check(shift is None or inverse is not None, "it has an input_shift without input_inverse")
     check.floats("input_inverse", inverse, (k,), positive=True)
     check.floats("input_shift", shift, (k,))
+    kind = settings["nonlinearity"]
+    check(kind is None or kind in NONLINEARITIES, f"there is no nonlinearity {kind!r}")
     return QuantizedLinear(
-        k, n, bits, activations, packed, scale, bias, index, inverse, shift, size, width, zero, levels
+        k, n, bits, activations, packed, scale, bias, index, inverse, shift, size, width, zero, levels, kind
     )
 
 

@@ -309,3 +309,18 @@ def dequantize_weight(
             number = code - (2 ** (bits - 1) if zero is None else float(zero[i, group]))
         y[i, j] = fp32(number * float(scale[i, group]))
     return y
+
+
+NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda x: x.clamp(min=0.0),
+    "gelu": lambda x: x * torch.special.erfc(-x / math.sqrt(2.0)) / 2.0,
+    "gelu_tanh": lambda x: x / 2.0 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1.0 + torch.exp(-x)),
+    "sigmoid": lambda x: 1.0 / (1.0 + torch.exp(-x)),
+    "tanh": torch.tanh,
+}
+
+
+def nonlinear(x: Tensor, nonlinearity: str) -> Tensor:
+    """In float64."""
+    return x.double() if nonlinearity == "none" else NONLINEARITIES[nonlinearity](x.double())

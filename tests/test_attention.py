@@ -19,7 +19,7 @@ class CallCounter(TorchDispatchMode):
         self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += func is torch.ops.ocsquant.quantized_linear.default
+        self.calls += str(func).startswith("ocsquant.quantized_linear")
         return func(*args, **(kwargs or {}))
 
 

@@ -60,6 +60,7 @@ WRONG_LINEAR: dict[str, dict[str, Any]] = {
     "activation_bits": {"range": 9, "below": 1},
     "max_outliers": {"range": 65, "below": -1},
     "outlier_threshold": {"range": 1.0, "above": 2e6, "nan": float("nan")},
+    "nonlinearity": {"range": "softplus"},
 }
 EXCUSED_LINEAR = {
     "x.range": "NaN and Inf give NaN by definition",
@@ -214,6 +215,12 @@ OPERATOR_CASES = {
             "clip_pos.rank": "one entry is one entry",
             "clip_pos.range": "as clip_neg",
         },
+    ),
+    "ops.nonlinear": Case(
+        ops.nonlinear,
+        {"x": tensor(4, 6), "nonlinearity": "gelu"},
+        {"nonlinearity": {"range": "softplus"}},
+        {"x.rank": "any", "x.size": "any", "x.range": "NaN gives NaN", "x.device": "it is the only tensor"},
     ),
     "ops.kurtosis": Case(
         ops.kurtosis,

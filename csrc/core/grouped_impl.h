@@ -65,7 +65,7 @@ __attribute__((noinline)) void finish_group(const Activations& a, const PackedWe
   }
 }
 
-// Adds the bias, and stores.
+// Adds the bias, applies the nonlinearity, and stores.
 inline void store_totals(const PackedWeight& w, void* y, Float dtype, int64_t first, int64_t last, int64_t panel,
                          float* totals) {
   const Epilogue epilogue(w, panel, w.scale_groups() - 1);
@@ -73,6 +73,7 @@ inline void store_totals(const PackedWeight& w, void* y, Float dtype, int64_t fi
     for (int64_t j = 0; j < epilogue.width && epilogue.bias != nullptr; j += Simd::W) {
       Simd::store(totals + j, Simd::add(Simd::load(totals + j), Simd::load(epilogue.bias + j)));
     }
+    if (epilogue.nonlinearity != Nonlinearity::none) nonlinear(epilogue.nonlinearity, epilogue.width, totals);
     const int64_t at = m * w.n + panel * kPanel;
     if (dtype == Float::f32) {
       std::memcpy(static_cast<float*>(y) + at, totals, epilogue.width * sizeof(float));

@@ -27,6 +27,9 @@ constexpr float kMinOutlierThreshold = 2.0f;
 
 enum class Float : int8_t { f32, bf16 };
 
+// What follows a layer; gelu is x Phi(x), gelu_tanh its approximation by tanh.
+enum class Nonlinearity : int8_t { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+
 // Codes of a fixed step end here, and its layers at half kMaxDepth: sums with kMaxOutliers such codes still fit int32.
 constexpr int kMaxFixedCode = 32512;
 constexpr int64_t kMaxFixedDepth = kMaxDepth / 2;
@@ -49,7 +52,8 @@ struct Rest {
   int32_t value;
 };
 
-// A packed weight, immutable: n x k codes and n x tail codes of split channels (pack.h has the layout).
+// A packed weight and what follows its product, immutable: n x k codes and n x tail codes of split channels (pack.h has
+// the layout).
 struct PackedWeight {
   const uint8_t* packed;
   int64_t n, k, tail;
@@ -60,6 +64,7 @@ struct PackedWeight {
   int bits = 8;                    // that a code takes: 8, 6, 4 or 2; of the tail always 8
   const uint8_t* zero = nullptr;   // [scale_groups()][n], below 8 bits: subtracted from a code; null: 2^(bits-1)
   const int8_t* levels = nullptr;  // [kMaxEntries], below 8 bits: what a code stands for instead, or null
+  Nonlinearity nonlinearity = Nonlinearity::none;
   int64_t scale_groups() const { return group_channels > 0 ? (k + group_channels - 1) / group_channels : 1; }
   int64_t base_groups() const {
     return bits == 8 ? (k + kGroup - 1) / kGroup : (k + kSpan * kGroup - 1) / (kSpan * kGroup) * kSpan;
@@ -168,6 +173,8 @@ struct Kernels {
   FakeQuantizeClipKernels fake_quantize_clip;
   KurtosisKernels kurtosis;
   RecurrentKernels recurrent;
+  // y[n] in place, with what is behind it up to 64 bytes.
+  void (*nonlinear)(Nonlinearity which, int64_t n, float* y);
   void (*dequantize_row)(const CodedWeight& w, int64_t row, float* y);  // y[k]
   void (*widen)(const uint16_t* x, int64_t n, float* y);                // bfloat16 to float32
   void (*narrow)(const float* x, int64_t n, uint16_t* y);               // float32 to bfloat16, to nearest even

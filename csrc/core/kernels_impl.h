@@ -3,6 +3,7 @@
 #pragma once
 
 #include "dequantize_impl.h"
+#include "nonlinearity_impl.h"
 #include "rowwise_impl.h"
 //
 #include "fake_quantize_impl.h"
@@ -31,6 +32,7 @@ constexpr Kernels kernels(const char* isa) {
           {fake_quantize_clip, fake_quantize_clip_backward},
           {kurtosis, add_kurtosis_gradient},
           {lstm_cell, gru_cell},
+          nonlinear,
           dequantize_row,
           widen,
           narrow};

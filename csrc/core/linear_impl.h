@@ -141,10 +141,12 @@ OCSQ_INLINE const T* padded(const T* from, int64_t count, T (&to)[kPanel]) {
   return to;
 }
 
-// Scale of one panel, or of one group of its channels, and with the last group its bias; padded to 64 columns.
+// Scale of one panel, or of one group of its channels, and with the last group its bias and nonlinearity; padded to 64
+// columns.
 struct Epilogue {
   const float* scale;
   const float* bias;
+  Nonlinearity nonlinearity;
   int64_t width;
   float edge_scale[kPanel], edge_bias[kPanel];
 
@@ -152,7 +154,9 @@ struct Epilogue {
     const int64_t n0 = panel * kPanel;
     width = w.n - n0 < kPanel ? w.n - n0 : kPanel;
     scale = w.scale + group * w.n + n0;
-    bias = w.bias != nullptr && group + 1 == w.scale_groups() ? w.bias + n0 : nullptr;
+    const bool last = group + 1 == w.scale_groups();
+    bias = w.bias != nullptr && last ? w.bias + n0 : nullptr;
+    nonlinearity = last ? w.nonlinearity : Nonlinearity::none;
     if (width < kPanel) {
       scale = padded(scale, width, edge_scale);
       if (bias != nullptr) bias = padded(bias, width, edge_bias);
@@ -176,6 +180,7 @@ struct Epilogue {
     const bool whole = dtype == Float::f32 && width == kPanel;
     float* to = whole ? static_cast<float*>(y) + at : block;
     bias != nullptr ? columns<true>(sums, offset, step, to) : columns<false>(sums, offset, step, to);
+    if (nonlinearity != Nonlinearity::none) nonlinear(nonlinearity, width, to);
     if (whole) return;
     if (dtype == Float::f32) {
       std::memcpy(static_cast<float*>(y) + at, block, width * sizeof(float));

@@ -1,39 +1,9 @@
-// The gates of LSTM and GRU, one row in one pass. Included inside a target region, after simd_*.h.
+// The gates of LSTM and GRU, one row in one pass. Included inside a target region, after
+// nonlinearity_impl.h.
 #pragma once
 
 namespace ocsquant {
 namespace {
-
-// e^x within 2 ulp, 0 < result < Inf: beyond +-87 it stays what it is there. NaN stays NaN.
-OCSQ_INLINE Simd::F exponential(Simd::F x) {
-  const Simd::F bounded = Simd::max(Simd::set1(-87.0f), Simd::min(Simd::set1(87.0f), x));
-  const Simd::F n = Simd::rint(Simd::mul(bounded, Simd::set1(1.44269504f)));
-  // ln 2 in two parts, the first short enough for its product to be exact.
-  Simd::F r = Simd::sub(bounded, Simd::mul(n, Simd::set1(0.693359375f)));
-  r = Simd::sub(r, Simd::mul(n, Simd::set1(-2.12194440e-4f)));
-  Simd::F p = Simd::set1(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
-    p = Simd::add(Simd::mul(p, r), Simd::set1(c));
-  }
-  return Simd::mul(p, Simd::power_of_two(n));
-}
-
-OCSQ_INLINE Simd::F sigmoid(Simd::F x) {
-  const Simd::F one = Simd::set1(1.0f);
-  return Simd::div(one, Simd::add(one, exponential(Simd::sub(Simd::set1(0.0f), x))));
-}
-
-OCSQ_INLINE Simd::F hyperbolic_tangent(Simd::F x) {
-  const Simd::F one = Simd::set1(1.0f), e = exponential(Simd::mul(x, Simd::set1(-2.0f)));
-  const Simd::F far = Simd::div(Simd::sub(one, e), Simd::add(one, e));
-  // Near 0 the difference above loses its digits; the series to x^11 has them all.
-  const Simd::F x2 = Simd::mul(x, x);
-  Simd::F p = Simd::set1(-1382.0f / 155925);
-  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3, 1.0f}) {
-    p = Simd::add(Simd::mul(p, x2), Simd::set1(c));
-  }
-  return Simd::select_beyond(x, Simd::set1(0.3f), far, Simd::mul(x, p));
-}
 
 // Each is called for Simd::W hidden units at a time.
 struct LstmCell {

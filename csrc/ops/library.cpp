@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "quantized_linear_narrow(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0, "
       "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
+  m.def(
+      "quantized_linear_nonlinear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor? tail_index, "
+      "int activation_bits, int max_outliers, float outlier_threshold, int group_size, int weight_bits, Tensor? zero, "
+      "Tensor? levels, str nonlinearity) -> Tensor");
   // The same kernel under a name that carries an autograd formula: registering one costs a call 5 us even when unused.
   m.def(
       "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
@@ -25,7 +29,7 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "scale_folded_linear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? input_shift=None, "
       "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
       "float outlier_threshold=4.0, bool symmetric=True, int weight_bits=8, Tensor? zero=None, "
-      "Tensor? levels=None) -> Tensor");
+      "Tensor? levels=None, str nonlinearity='none') -> Tensor");
   m.def(
       "scale_folded_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? "
       "input_shift=None, "
@@ -49,6 +53,7 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "int kernel_h=1, int kernel_w=1, int stride_h=1, int stride_w=1, int padding_h=0, int padding_w=0, "
       "int dilation_h=1, int dilation_w=1, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "
       "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
+  m.def("nonlinear(Tensor x, str nonlinearity) -> Tensor");
   m.def("pack_codes(Tensor codes, int bits) -> Tensor");
   m.def(
       "dequantize_weight(Tensor packed, Tensor scale, int k, int bits, int group_size, Tensor? zero=None, "

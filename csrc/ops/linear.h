@@ -1,5 +1,7 @@
 // What the linear operators share: checks, memory, threads.
 #pragma once
+#include <string>
+
 #include "packed.h"
 
 namespace ocsquant {
@@ -8,6 +10,7 @@ struct WeightOperands {
   const Tensor &packed, &scale;
   const std::optional<Tensor>&bias, &tail_index;
   const Storage& storage;
+  Nonlinearity nonlinearity = Nonlinearity::none;
 };
 
 // Checked operands, and what keeps their memory alive; k inputs of at most `limit` columns, tail included.
@@ -23,6 +26,7 @@ class LinearWeight {
 };
 
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of);
+Nonlinearity check_nonlinearity(const char* op, const std::string& name);
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold);
 // y[m][n] in the dtype of x[m][k].
 void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y);

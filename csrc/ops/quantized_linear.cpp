@@ -1,5 +1,6 @@
 // y = quantize(x) * codes^T * step * scale + bias: check, allocate, quantize the tokens, multiply panel by panel.
 #include <algorithm>
+#include <iterator>
 
 #include "linear.h"
 
@@ -76,6 +77,15 @@ void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how
   }
 }
 
+Nonlinearity check_nonlinearity(const char* op, const std::string& name) {
+  // In the order of Nonlinearity.
+  constexpr const char* kNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+  const auto found = std::find(std::begin(kNames), std::end(kNames), name);
+  OCSQ_CHECK(found != std::end(kNames), op,
+             ": nonlinearity must be none, relu, gelu, gelu_tanh, silu, sigmoid or tanh, got ", name);
+  return static_cast<Nonlinearity>(found - std::begin(kNames));
+}
+
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold) {
   OCSQ_CHECK(bits >= 2 && bits <= 8, op, ": activation_bits must be 2..8, got ", bits);
   OCSQ_CHECK(max_outliers >= 0 && max_outliers <= kMaxOutliers, op, ": max_outliers must be 0..", kMaxOutliers,
@@ -118,6 +128,7 @@ LinearWeight::LinearWeight(const char* op, const WeightOperands& t, int64_t k, i
   }
   w.packed = packed_.const_data_ptr<uint8_t>();
   w.scale = scale_.const_data_ptr<float>();
+  w.nonlinearity = t.nonlinearity;
 }
 
 Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how) {
@@ -136,11 +147,22 @@ Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, c
 
 namespace {
 
+constexpr const char* kOp = "quantized_linear";
+
+Tensor quantized_linear_nonlinear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                  const std::optional<Tensor>& bias, const std::optional<Tensor>& tail_index,
+                                  int64_t bits, int64_t max_outliers, double threshold, int64_t group_size,
+                                  int64_t weight_bits, const std::optional<Tensor>& zero,
+                                  const std::optional<Tensor>& levels, const std::string& nonlinearity) {
+  const Storage storage = {weight_bits, zero, levels, group_size};
+  return linear(kOp, x, {packed, scale, bias, tail_index, storage, check_nonlinearity(kOp, nonlinearity)},
+                check_quantizer(kOp, bits, max_outliers, threshold));
+}
+
 Tensor quantized_linear_narrow(const Tensor& x, const Tensor& packed, const Tensor& scale,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& tail_index, int64_t bits,
                                int64_t max_outliers, double threshold, int64_t group_size, int64_t weight_bits,
                                const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
-  constexpr const char* kOp = "quantized_linear";
   const Storage storage = {weight_bits, zero, levels, group_size};
   return linear(kOp, x, {packed, scale, bias, tail_index, storage},
                 check_quantizer(kOp, bits, max_outliers, threshold));
@@ -157,6 +179,7 @@ Tensor quantized_linear(const Tensor& x, const Tensor& packed, const Tensor& sca
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("quantized_linear_narrow", TORCH_BOX(&quantized_linear_narrow));
+  m.impl("quantized_linear_nonlinear", TORCH_BOX(&quantized_linear_nonlinear));
   m.impl("quantized_linear_train", TORCH_BOX(&quantized_linear_narrow));
 }
 

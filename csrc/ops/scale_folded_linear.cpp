@@ -15,7 +15,7 @@ Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& 
                            const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& tail_index, int64_t bits, bool dynamic, int64_t max_outliers,
                            double threshold, bool symmetric, int64_t weight_bits, const std::optional<Tensor>& zero,
-                           const std::optional<Tensor>& levels) {
+                           const std::optional<Tensor>& levels, const std::string& nonlinearity) {
   constexpr const char* kOp = "scale_folded_linear";
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
   how.fixed = !dynamic;
@@ -29,12 +29,25 @@ Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& 
     shift = channels(kOp, "input_shift", *input_shift, x);
     how.shift = shift->const_data_ptr<float>();
   }
-  return linear(kOp, x, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, how);
+  return linear(
+      kOp, x,
+      {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}, check_nonlinearity(kOp, nonlinearity)},
+      how);
+}
+
+Tensor scale_folded_linear_train(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                 const Tensor& input_inverse, const std::optional<Tensor>& input_shift,
+                                 const std::optional<Tensor>& bias, const std::optional<Tensor>& tail_index,
+                                 int64_t bits, bool dynamic, int64_t max_outliers, double threshold, bool symmetric,
+                                 int64_t weight_bits, const std::optional<Tensor>& zero,
+                                 const std::optional<Tensor>& levels) {
+  return scale_folded_linear(x, packed, scale, input_inverse, input_shift, bias, tail_index, bits, dynamic,
+                             max_outliers, threshold, symmetric, weight_bits, zero, levels, "none");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {
   m.impl("scale_folded_linear", TORCH_BOX(&scale_folded_linear));
-  m.impl("scale_folded_linear_train", TORCH_BOX(&scale_folded_linear));
+  m.impl("scale_folded_linear_train", TORCH_BOX(&scale_folded_linear_train));
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 from ocsquant.nn.attention import QuantizedMultiheadAttention
 from ocsquant.nn.convolution import QuantizedConv
+from ocsquant.nn.fused import FusedNonlinearity
 from ocsquant.nn.linear import QuantizedLinear
 from ocsquant.nn.quantized import Quantized, quantized_modules
 from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
@@ -13,6 +14,7 @@ from ocsquant.nn.weight_only import FORMS, StoredWeight, WeightOnly, form_of
 __all__ = [
     "FORMS",
     "RECURRENT_FORMS",
+    "FusedNonlinearity",
     "Quantized",
     "QuantizedConv",
     "QuantizedGRU",

@@ -14,8 +14,9 @@ from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
+from ocsquant.nn.fused import APPLIED, applied, fuses
 from ocsquant.nn.quantized import Quantized
-from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_NARROW
+from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_NARROW, QUANTIZED_LINEAR_NONLINEAR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE = (torch.float32, torch.bfloat16)  # of the operators
@@ -30,6 +31,8 @@ class QuantizedLinear(Quantized):
     `input_inverse` and `input_shift` float32 [in_features] or None (the shift's part of the output is in `bias`). No
     dtype conversion of a model (.half(), .bfloat16(), .to(dtype)) touches them. Takes float32, bfloat16, float16 or
     float64 [..., in_features]; returns the same dtype.
+    With a `nonlinearity` the output is what that makes of it, without gradients and outside torch.compile: otherwise
+    the `FusedNonlinearity` that follows the layer computes it.
     `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
     changes nothing.
     """
@@ -61,11 +64,12 @@ class QuantizedLinear(Quantized):
         weight_bits: int = 8,
         zero: Tensor | None = None,
         levels: Tensor | None = None,
+        nonlinearity: str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size, self.weight_bits = group_size, weight_bits
-        self.activations = activations
+        self.activations, self.nonlinearity = activations, nonlinearity
         buffers = (packed, scale, bias, tail_index, input_inverse, input_shift, zero, levels)
         # torch.export counts past the buffers that are None: those come last.
         for name, buffer in sorted(zip(self.tensors, buffers, strict=True), key=lambda pair: pair[1] is None):
@@ -79,9 +83,10 @@ class QuantizedLinear(Quantized):
         activations: Activations,
         transform: InputTransform | ClippedInput | None = None,
         unfolded: Tensor | None = None,
+        nonlinearity: str | None = None,
     ) -> QuantizedLinear:
         """From a `QuantizedWeight` of a layer's weight, folded with `transform` if it was (then `unfolded` is the float
-        one) and its bias.
+        one), its bias, and the nonlinearity that a `FusedNonlinearity` leaves to it.
         """
         bias = None if bias is None else bias.detach()
         groups = weight.scale.shape[1]
@@ -108,6 +113,7 @@ class QuantizedLinear(Quantized):
             weight_bits,
             zero,
             levels,
+            nonlinearity,
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -117,10 +123,13 @@ class QuantizedLinear(Quantized):
         if input.dtype not in NATIVE:
             if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
-            return self.forward(input.float()).to(input.dtype)
+            y = self.forward(input.float())
+            return applied(y.to(input.dtype), kind) if (kind := getattr(y, APPLIED, None)) else y.to(input.dtype)
         # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.
         b: dict[str, Any] = self._buffers
-        a = self.activations
+        a, nonlinearity = self.activations, self.nonlinearity
+        if nonlinearity is not None and not fuses():
+            nonlinearity = None
         if (inverse := b["input_inverse"]) is None:
             operands = (
                 input,
@@ -136,10 +145,13 @@ class QuantizedLinear(Quantized):
             if input.requires_grad and torch.is_grad_enabled():
                 return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
             # Past the operator's Python face, for the same reason.
+            if nonlinearity is not None:
+                form = (self.weight_bits, b["zero"], b["levels"], nonlinearity)
+                return applied(QUANTIZED_LINEAR_NONLINEAR(*operands, *form), nonlinearity)
             if self.weight_bits == BYTE:
                 return QUANTIZED_LINEAR(*operands)
             return QUANTIZED_LINEAR_NARROW(*operands, self.weight_bits, b["zero"], b["levels"])
-        return ops.scale_folded_linear(
+        y = ops.scale_folded_linear(
             input,
             b["packed"],
             b["scale"],
@@ -155,7 +167,9 @@ class QuantizedLinear(Quantized):
             self.weight_bits,
             b["zero"],
             b["levels"],
+            nonlinearity or "none",
         )
+        return y if nonlinearity is None else applied(y, nonlinearity)
 
     @property
     def weight(self) -> Tensor:
@@ -191,6 +205,8 @@ class QuantizedLinear(Quantized):
             text += f", split_channels={self.split_channels}"
         if self.group_size:
             text += f", group_size={self.group_size}"
+        if self.nonlinearity is not None:
+            text += f", nonlinearity={self.nonlinearity}"
         return f"{text}, bits={self.bits}, activations={self.activations.bits} bits per {self.activations.scale}"
 
     def settings(self) -> dict[str, Any]:
@@ -203,4 +219,5 @@ class QuantizedLinear(Quantized):
             "activations": dataclasses.asdict(self.activations),
             "group_size": self.group_size,
             "weight_bits": self.weight_bits,
+            "nonlinearity": self.nonlinearity,
         }

@@ -8,6 +8,7 @@ from ocsquant.ops.fake_quantize import fake_quantize_clip, fake_quantize_split
 from ocsquant.ops.kurtosis import kurtosis
 from ocsquant.ops.library import cpu_isa
 from ocsquant.ops.linear import quantized_linear, scale_folded_linear
+from ocsquant.ops.nonlinear import nonlinear
 from ocsquant.ops.recurrent import quantized_gru, quantized_lstm
 from ocsquant.ops.weights import dequantize_packed, dequantize_weight, pack_codes, pack_weight, unpack_weight
 
@@ -18,6 +19,7 @@ __all__ = [
     "fake_quantize_clip",
     "fake_quantize_split",
     "kurtosis",
+    "nonlinear",
     "pack_codes",
     "pack_weight",
     "quantized_conv2d",

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ocsquant.ops.library import bind, check_flag, compiled, wants_gradient
+from ocsquant.ops.nonlinear import followed
 from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
 QUANTIZED_LINEAR = compiled.quantized_linear.default
 QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
+QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
 _quantized_linear_train = compiled.quantized_linear_train.default
 _scale_folded_linear = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
@@ -32,6 +34,7 @@ def quantized_linear(
     weight_bits: int = 8,
     zero: Tensor | None = None,
     levels: Tensor | None = None,
+    nonlinearity: str = "none",
 ) -> Tensor:
     """Linear layer with integer weights, quantizing each token of `x` on the way in, with run-time outlier splitting.
 
@@ -51,6 +54,7 @@ def quantized_linear(
         outlier_threshold: 2..1e6, in units of the token's root mean square.
         group_size: 0, or a multiple of 16: input channels that share a step of an output's weights.
         weight_bits, zero, levels: what `pack_weight` was given.
+        nonlinearity: what y passes before it is written, as of `nonlinear`.
 
     Returns:
         [..., n] in the dtype of `x`. A token with NaN or Inf gives NaN. The gradient with respect to `x` is that of the
@@ -58,7 +62,10 @@ def quantized_linear(
     """
     operands = (x, packed, scale, bias, tail_index, activation_bits, max_outliers, outlier_threshold, group_size)
     if wants_gradient(x):
-        return _quantized_linear_train(*operands, weight_bits, zero, levels)
+        y = _quantized_linear_train(*operands, weight_bits, zero, levels)
+        return followed("quantized_linear", y, nonlinearity)
+    if nonlinearity != "none":
+        return QUANTIZED_LINEAR_NONLINEAR(*operands, weight_bits, zero, levels, nonlinearity)
     if weight_bits is BYTE and zero is None and levels is None:
         return QUANTIZED_LINEAR(*operands)
     return QUANTIZED_LINEAR_NARROW(*operands, weight_bits, zero, levels)
@@ -80,6 +87,7 @@ def scale_folded_linear(
     weight_bits: int = 8,
     zero: Tensor | None = None,
     levels: Tensor | None = None,
+    nonlinearity: str = "none",
 ) -> Tensor:
     """Linear layer whose weight codes have taken over scales of its input channels (OutlierTune, arXiv 2406.18832).
 
@@ -100,6 +108,7 @@ def scale_folded_linear(
         tail_index, activation_bits, max_outliers, outlier_threshold: as in `quantized_linear`; the threshold counts
             only where `dynamic`, and max_outliers is 0 without `symmetric`.
         weight_bits, zero, levels: what `pack_weight` was given.
+        nonlinearity: as in `quantized_linear`.
 
     Returns:
         [..., n] in the dtype of `x`. A token with NaN or Inf, in x or in u, gives NaN. The gradient with respect to `x`
@@ -107,8 +116,7 @@ def scale_folded_linear(
     """
     check_flag("scale_folded_linear", "dynamic", dynamic)
     check_flag("scale_folded_linear", "symmetric", symmetric)
-    op = _scale_folded_linear_train if wants_gradient(x) else _scale_folded_linear
-    return op(
+    operands = (
         x,
         packed,
         scale,
@@ -125,6 +133,9 @@ def scale_folded_linear(
         zero,
         levels,
     )
+    if wants_gradient(x):
+        return followed("scale_folded_linear", _scale_folded_linear_train(*operands), nonlinearity)
+    return _scale_folded_linear(*operands, nonlinearity)
 
 
 def _register_fake(name: str, op: str) -> None:
@@ -136,7 +147,10 @@ def _register_fake(name: str, op: str) -> None:
         return x.new_empty((*x.shape[:-1], a["scale"].shape[-1]))
 
 
-for _op, _names in {"quantized_linear": ("", "_narrow", "_train"), "scale_folded_linear": ("", "_train")}.items():
+for _op, _names in {
+    "quantized_linear": ("", "_narrow", "_nonlinear", "_train"),
+    "scale_folded_linear": ("", "_train"),
+}.items():
     for _name in _names:
         _register_fake(_op + _name, _op)
 

@@ -94,6 +94,7 @@ int run(int64_t every) {
   }
   test_convolution(levels, every);
   test_recurrent(levels);
+  test_nonlinearity(levels);
   test_linear(levels, every);
 
   levels.push_back(general);

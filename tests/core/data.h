@@ -279,6 +279,8 @@ inline void narrow_codes(Random& r, Weight& w) {
 }
 
 // fill: one of WeightFill, or -1 to let the seed choose; e tail columns, at most k.
+constexpr int kNonlinearities = static_cast<int>(ocsquant::Nonlinearity::tanh) + 1;
+
 inline void make_weight(int64_t n, int64_t k, int64_t e, uint64_t seed, int fill, Weight& w) {
   Random r(seed);
   w.n = n;
@@ -307,6 +309,8 @@ inline void make_weight(int64_t n, int64_t k, int64_t e, uint64_t seed, int fill
   w.bias.resize(has_bias ? n : 0);
   for (auto& s : w.scale) s = std::ldexp(0.5f + r.uniform(), wild ? static_cast<int>(r.below(250)) - 125 : -9);
   for (auto& b : w.bias) b = r.gauss() * 3.0f;
+  const bool plain = r.below(3) != 0;
+  w.nonlinearity = plain ? ocsquant::Nonlinearity::none : static_cast<ocsquant::Nonlinearity>(r.below(kNonlinearities));
 }
 
 }  // namespace coretest

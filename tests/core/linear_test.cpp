@@ -50,6 +50,7 @@ class Rig {
     if (!tokens.inverse.empty()) how_.inverse = inverse_arena_.copy(tokens.inverse.data(), k, plan.side);
     if (!tokens.shift.empty()) how_.shift = shift_arena_.copy(tokens.shift.data(), k, plan.side);
     packed_ = {nullptr, n, k, e, nullptr, nullptr, nullptr, weight.group, weight.bits};
+    packed_.nonlinearity = weight.nonlinearity;
     if (!weight.zero.empty()) packed_.zero = zero_arena_.copy(weight.zero.data(), weight.zero.size(), plan.side);
     if (!weight.levels.empty()) packed_.levels = levels_arena_.copy(weight.levels.data(), 64, plan.side);
     uint8_t* packed = packed_arena_.place<uint8_t>(packed_.panels() * packed_.panel_bytes(), plan.side);
@@ -67,7 +68,7 @@ class Rig {
   void run(Level& level) {
     Case c(level,
            "M %ld N %ld K %ld tail %ld groups of %ld, weights of %d bits%s, %s to %s, bits %d, outliers %d, threshold "
-           "%g, fill %d%s%s, "
+           "%g, fill %d%s%s, nonlinearity %d, "
            "ranges %ld, blocks "
            "%ld%s",
            long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), long(packed_.group_channels),
@@ -81,7 +82,8 @@ class Rig {
            : how_.fixed    ? ", fixed"
            : how_.inverse  ? ", folded"
                            : "",
-           packed_.bias ? ", bias" : "", long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
+           packed_.bias ? ", bias" : "", int(packed_.nonlinearity), long(plan_.ranges), long(plan_.block_tiles),
+           plan_.threads ? ", threads" : "");
     c.check(packs_, "the packed weight does not hold the codes");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;

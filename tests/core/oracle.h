@@ -135,6 +135,7 @@ struct Weight {
   int bits = 8;                     // that a code is stored in
   std::vector<uint8_t> zero;        // [1 or groups][n] or empty
   std::vector<int8_t> levels;       // [64] or empty
+  ocsquant::Nonlinearity nonlinearity = ocsquant::Nonlinearity::none;
 };
 
 // y[m][n] from codes[m][k]. False if an exact sum does not fit the int32 the kernels keep it in.
@@ -161,6 +162,8 @@ inline bool linear(const std::vector<int32_t>& codes, const std::vector<float>& 
       y[i * w.n + j] = v;
     }
   }
+  // Its values are judged by nonlinearity_test.cpp.
+  ocsquant::kScalar.nonlinear(w.nonlinearity, m * w.n, y.data());
   return fits;
 }
 

@@ -12,6 +12,7 @@ namespace coretest {
 void test_linear(std::vector<Level>& levels, int64_t every);
 void test_convolution(std::vector<Level>& levels, int64_t every);
 void test_recurrent(std::vector<Level>& levels);
+void test_nonlinearity(std::vector<Level>& levels);
 void test_fake_quantize_split(Level& level);
 void test_fake_quantize_clip(Level& level);
 void test_kurtosis(Level& level);

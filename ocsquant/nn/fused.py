@@ -1,0 +1,86 @@
+"""A nonlinearity that the linear layer before it computes while it writes its output."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ocsquant.errors import ArgumentError
+from ocsquant.ops.nonlinear import NONLINEARITIES, nonlinear
+
+APPLIED = "_ocsquant_applied"  # of a layer's output: the nonlinearity that it has passed
+
+TYPES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+FUNCTIONS: dict[object, str] = {
+    F.relu: "relu", torch.relu: "relu", F.gelu: "gelu", F.silu: "silu", torch.sigmoid: "sigmoid", torch.tanh: "tanh",
+}  # fmt: skip
+# Of transformers.activations, which is not imported for it; those with an `act` compute that.
+TRANSFORMERS = {"SiLUActivation": "silu", "NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh"}
+TRANSFORMERS_ACT = ("GELUActivation", "GELUTanh", "PytorchGELUTanh")
+
+
+def fuses() -> bool:
+    """Whether layers apply their nonlinearity now: with gradients, and in compiled code, modules do it themselves."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def applied(y: Tensor, nonlinearity: str) -> Tensor:
+    """`y`, marked as what a layer with that nonlinearity gave."""
+    setattr(y, APPLIED, nonlinearity)
+    return y
+
+
+class FusedNonlinearity(nn.Module):
+    """In the place of a nonlinearity: hands on what the quantized layer before it has computed.
+
+    With gradients enabled and under torch.compile or torch.export that layer leaves it to this module. Takes and
+    returns a tensor of any shape. Raises ArgumentError where the layer's output was changed on its way here.
+    """
+
+    def __init__(self, nonlinearity: str) -> None:
+        super().__init__()
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not fuses():
+            return NONLINEARITIES[self.nonlinearity](input) if torch.is_grad_enabled() else self._alone(input)
+        if getattr(input, APPLIED, None) != self.nonlinearity:
+            expected = f"the output of the quantized layer that computes this {self.nonlinearity}, as it left it"
+            got = "another tensor: where something comes between (an adapter, a hook), quantize with fuse=False"
+            raise ArgumentError("input", expected, got)
+        return input
+
+    def _alone(self, input: Tensor) -> Tensor:
+        """With the bits of the layer's own."""
+        if input.dtype in (torch.float32, torch.bfloat16):
+            return nonlinear(input, self.nonlinearity)
+        return nonlinear(input.float(), self.nonlinearity).to(input.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.nonlinearity}, computed by the layer before"
+
+
+def nonlinearity_of(thing: object) -> str | None:
+    """The name of an elementwise function or module among those that a layer can compute."""
+    if isinstance(thing, FusedNonlinearity):
+        return thing.nonlinearity
+    if not isinstance(thing, nn.Module):
+        return _function(thing)
+    if "forward" in thing.__dict__:
+        return None
+    if type(thing) is nn.GELU:
+        return "gelu_tanh" if thing.approximate == "tanh" else "gelu"
+    if type(thing).__module__ == "transformers.activations":
+        name = type(thing).__name__
+        return _function(thing.__dict__.get("act")) if name in TRANSFORMERS_ACT else TRANSFORMERS.get(name)
+    return TYPES.get(type(thing))
+
+
+def _function(thing: object) -> str | None:
+    if isinstance(thing, functools.partial):
+        return "gelu_tanh" if thing.func is F.gelu and thing.keywords == {"approximate": "tanh"} else None
+    return FUNCTIONS.get(thing) if isinstance(thing, Callable) else None  # type: ignore[arg-type]
