@@ -42,13 +42,19 @@ from ocsquant.nn.recurrent import part_names, recurrent_form
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
 from ocsquant.transaction import Change, become, inherit, set_attribute, set_class
-from ocsquant.tying import tie
+from ocsquant.tying import Built, tie
 
 
 def build(
-    model: nn.Module, plan: Plan, simulate: bool, in_turn: Callable[[list[Target]], Iterable[Target]]
+    model: nn.Module,
+    plan: Plan,
+    simulate: bool,
+    in_turn: Callable[[list[Target]], Iterable[Target]],
+    finish: Callable[[list[Built]], object] = len,
 ) -> tuple[list[Change], list[Layer]]:
-    """Every change and every report line; the model is only read. `in_turn` hands out the targets when it is theirs."""
+    """Every change and every report line; the model is only read. `in_turn` hands out the targets when it is theirs,
+    `finish` sees what was built.
+    """
     changes: list[Change] = []
     layers: list[Layer] = []
     budget = _share_budget(plan.targets)
@@ -56,7 +62,9 @@ def build(
         (target, *_build_target(target, simulate, budget.get(id(target.module), {})))
         for target in in_turn(plan.targets)
     ]
-    for target, new, layer in tie(made):
+    built = list(tie(made))
+    finish(built)
+    for target, new, layer in built:
         inherit(new, target.source)
         changes.append(become(target.module, new))
         layers.append(layer)

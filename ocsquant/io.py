@@ -35,6 +35,7 @@ from ocsquant.nn import (
     Quantized,
     QuantizedLinear,
     QuantizedMultiheadAttention,
+    SharedInput,
     SimulatedLinear,
     SplitConv,
     SplitLinear,
@@ -42,6 +43,7 @@ from ocsquant.nn import (
 )
 from ocsquant.nn.fused import nonlinearity_of
 from ocsquant.nn.linear import FLOATS
+from ocsquant.nn.shared import form
 from ocsquant.records import layer_from
 from ocsquant.transaction import FOLDED, Change, become, commit, inherit, set_attribute, set_class
 
@@ -49,7 +51,7 @@ VERSION = 7
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
-ENTRIES = {"version", "layers", "attention", "attributes", "folded", "fused", "aliases", "sha256", "report"}
+ENTRIES = {"version", "layers", "attention", "attributes", "folded", "fused", "shared", "aliases", "sha256", "report"}
 FOLDING = (*BATCH_NORMS, FoldedBatchNorm)  # what a convolution may take over, or has
 DTYPES = (*FLOATS, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool)
 
@@ -88,6 +90,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "attributes": attributes,
         "folded": folded,
         "fused": fused,
+        "shared": _shared(model),
         "aliases": aliases,
         "sha256": {name: _sha256(t) for name, t in tensors.items()},
         "report": reporting.layers_to_json(model.__dict__.get(reporting.ATTRIBUTE, ())),
@@ -222,6 +225,8 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
         new = layer_from(path, old, settings, own, path in record["folded"])
         module = made.setdefault(id(old), inherit(new, old))
         changes.append(become(old, module))
+    changes += _place_fused(modules, record)
+    _place_shared(modules, made, record["shared"])
     for name in record["attention"]:
         if not isinstance(modules.get(name), nn.MultiheadAttention):
             raise SchemaMismatchError(
@@ -235,7 +240,6 @@ def _place(model: nn.Module, tensors: dict[str, Tensor], record: dict[str, Any])
     norms = {name for name in record["folded"] if isinstance(modules.get(name), FOLDING)}
     for name in record["folded"]:
         changes += _place_folded(name, modules.get(name), left)
-    changes += _place_fused(modules, record)
     changes += _place_floats(model, left, {*record["layers"], *norms})
     try:
         layers = tuple(reporting.Layer(**row) for row in record["report"])
@@ -259,6 +263,29 @@ def _place_folded(path: str, module: nn.Module | None, left: dict[str, Tensor]) 
         store, value = module._parameters, nn.Parameter(bias, requires_grad=weight.requires_grad)
         changes.append((lambda: store.__setitem__("bias", value), lambda: store.__setitem__("bias", None)))
     return changes
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """Paths of layers that quantize an input once, in the order of their calls."""
+    paths: dict[int, str] = {}
+    for path, module in quantized_modules(model):
+        paths.setdefault(id(module), path)
+    inputs = {id(s): s for m in model.modules() if (s := m.__dict__.get("shared")) is not None}.values()
+    whole = (s.layers for s in inputs if all(id(m) in paths and m.__dict__.get("shared") is s for m in s.layers))
+    return [[paths[id(m)] for m in layers] for layers in whole]
+
+
+def _place_shared(modules: dict[str, nn.Module], made: dict[int, nn.Module], groups: list[list[str]]) -> None:
+    """In the new layers, which are nobody's yet."""
+    for paths in groups:
+        old = [modules[path] for path in paths]
+        new = [made[id(m)] for m in old]
+        forms = {form(m) if isinstance(m, QuantizedLinear) else None for m in new}
+        if len({id(m) for m in new}) < max(len(paths), 2) or len(forms) != 1 or None in forms:
+            raise CorruptCheckpointError(f"the layers {', '.join(paths)} cannot share an input")
+        shared = SharedInput(old)
+        for module in new:
+            module.__dict__["shared"] = shared
 
 
 def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[Change]:

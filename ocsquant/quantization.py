@@ -12,13 +12,14 @@ from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
 from ocsquant.folding import check_fold, fold_batchnorms
-from ocsquant.fusing import fuse_nonlinearities
+from ocsquant.fusing import fuse_nonlinearities, share_inputs
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
 from ocsquant.planning import Target, make_plan, merge_request
 from ocsquant.progress import bar_of, layer_bar
 from ocsquant.transaction import commit, set_attribute
+from ocsquant.tying import Built
 
 
 def quantize(
@@ -60,8 +61,9 @@ def quantize(
             convolution gives; the folded model has to give the same output on it.
         fuse: let an integer linear layer compute the ReLU, GELU, SiLU, sigmoid or tanh that follows it, where the code
             of the module that holds both shows that nothing else reads its output (nn.Sequential, MLPs of transformers
-            and torch.nn, and classes written like them). Acts without gradients and outside torch.compile; the report
-            names the layers. False for models that get adapters on such layers.
+            and torch.nn, and classes written like them), and layers that the code calls with the same tensor (query,
+            key and value; gate and up) quantize it once. Acts without gradients and outside torch.compile; the report
+            names the layers. False for models that get adapters on layers that compute a nonlinearity.
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
@@ -98,7 +100,11 @@ def quantize(
         def in_turn(targets: list[Target]) -> Iterable[Target]:
             return with_hessians(model, layer_bar(targets, progress), calibration, bar)
 
-        more, layers = build(model, plan, simulate, in_turn)
+        def finish(built: list[Built]) -> None:
+            if fuse:
+                share_inputs(model, built)
+
+        more, layers = build(model, plan, simulate, in_turn, finish)
         changes = changes + more
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)

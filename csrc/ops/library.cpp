@@ -20,6 +20,11 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "quantized_linear_nonlinear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor? tail_index, "
       "int activation_bits, int max_outliers, float outlier_threshold, int group_size, int weight_bits, Tensor? zero, "
       "Tensor? levels, str nonlinearity) -> Tensor");
+  // Layers that read the same x, which is quantized once; weights of one form, without tails.
+  m.def(
+      "quantized_linears(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, int activation_bits, "
+      "int max_outliers, float outlier_threshold, int group_size, int weight_bits, Tensor?[] zero, Tensor?[] levels, "
+      "str[] nonlinearity) -> Tensor[]");
   // The same kernel under a name that carries an autograd formula: registering one costs a call 5 us even when unused.
   m.def(
       "quantized_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "

@@ -28,8 +28,22 @@ class LinearWeight {
 void check_vector(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t size, const char* of);
 Nonlinearity check_nonlinearity(const char* op, const std::string& name);
 TokenQuantizer check_quantizer(const char* op, int64_t bits, int64_t max_outliers, double threshold);
-// y[m][n] in the dtype of x[m][k].
-void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y);
+// y[m][w.n] in the dtype of x[m][k].
+struct Product {
+  const PackedWeight& w;
+  void* y;
+};
+// All of x[m][k], quantized once. What the weights are stored as must be the same for all, their columns and scales
+// need not.
+void run_linears(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const Product* products,
+                 int64_t count);
+inline void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w,
+                       void* y) {
+  const Product product = {w, y};
+  run_linears(x, dtype, m, how, &product, 1);
+}
+int64_t tokens_of(const Tensor& x);               // rows of its last dimension
+Tensor empty_output(const Tensor& x, int64_t n);  // of x with n columns, in its dtype
 Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how);
 
 }  // namespace ocsquant

@@ -30,7 +30,14 @@ void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k
 
 // Block by block of rows, as many for each thread as multiply() takes at a time: what was quantized is still in the
 // cache when it is multiplied.
-void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const PackedWeight& w, void* y) {
+void run_linears(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const Product* products,
+                 int64_t count) {
+  const PackedWeight& w = products[0].w;  // what is quantized fits all of them
+  int64_t panels = 0, outputs = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    panels += products[p].w.panels();
+    outputs += products[p].w.n;
+  }
   const LinearKernels& kernels = cpu_kernels().linear;
   const int64_t capacity = kernels.rest_capacity(w.depth(), how.max_outliers), row_bytes = kernels.row_bytes(w.depth());
   const int64_t threads = torch::stable::get_num_threads(), rows = std::min(m, kernels.row_block * threads);
@@ -53,23 +60,26 @@ void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantizer& how
                          capacity};
   const int64_t value_bytes = dtype == Float::f32 ? sizeof(float) : sizeof(uint16_t);
   for (int64_t begin = 0; begin < m; begin += rows) {
-    const int64_t count = std::min(rows, m - begin), count_tiles = (count + kernels.row_tile - 1) / kernels.row_tile;
+    const int64_t left = std::min(rows, m - begin), left_tiles = (left + kernels.row_tile - 1) / kernels.row_tile;
     const void* from = static_cast<const uint8_t*>(x) + begin * w.k * value_bytes;
-    void* to = static_cast<uint8_t*>(y) + begin * w.n * value_bytes;
-    parallel_chunks(count_tiles, std::min(chunks, count_tiles), [&](int64_t i, int64_t first, int64_t last) {
-      kernels.quantize(from, dtype, how, w, a, first * kernels.row_tile, std::min(count, last * kernels.row_tile),
+    parallel_chunks(left_tiles, std::min(chunks, left_tiles), [&](int64_t i, int64_t first, int64_t last) {
+      kernels.quantize(from, dtype, how, w, a, first * kernels.row_tile, std::min(left, last * kernels.row_tile),
                        buffer.at<void>(fixed + groups + i * scratch));
     });
-    const int64_t panels = w.panels(), blocks = (count + kernels.row_block - 1) / kernels.row_block;
+    const int64_t blocks = (left + kernels.row_block - 1) / kernels.row_block;
     const auto multiply = [&](int64_t b, int64_t e) {
       alignas(64) uint8_t part[kUnpackedGroups * kGroupBytes + 2 * kMaxRowBlock * kPanel * sizeof(int32_t)];
       for (int64_t u = b; u < e; ++u) {
         const int64_t first = u / panels * kernels.row_block;
+        int64_t panel = u % panels;
+        const Product* product = products;
+        for (; panel >= product->w.panels(); ++product) panel -= product->w.panels();
+        void* to = static_cast<uint8_t*>(product->y) + begin * product->w.n * value_bytes;
         (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
-            a, w, to, dtype, first, std::min(count, first + kernels.row_block), u % panels, part);
+            a, product->w, to, dtype, first, std::min(left, first + kernels.row_block), panel, part);
       }
     };
-    if (count * w.n * w.k > kSerialProducts) {
+    if (left * outputs * w.k > kSerialProducts) {
       torch::stable::parallel_for(0, panels * blocks, 1, multiply);
     } else {
       multiply(0, panels * blocks);
@@ -131,16 +141,24 @@ LinearWeight::LinearWeight(const char* op, const WeightOperands& t, int64_t k, i
   w.nonlinearity = t.nonlinearity;
 }
 
+int64_t tokens_of(const Tensor& x) {
+  int64_t m = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
+  return m;
+}
+
+Tensor empty_output(const Tensor& x, int64_t n) {
+  std::vector<int64_t> sizes = sizes_of(x);
+  sizes.back() = n;
+  return empty_cpu(sizes, x.scalar_type());
+}
+
 Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how) {
   const Float dtype = check_float(op, "x", x);
   OCSQ_CHECK(x.dim() >= 1, op, ": x must have at least one dimension, got a scalar");
   const LinearWeight weight(op, operands, x.size(-1), how.fixed ? kMaxFixedDepth : kMaxDepth);
-  const int64_t n = weight.weight().n;
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes.back() = n;
-  Tensor y = empty_cpu(sizes, x.scalar_type());
-  int64_t m = 1;
-  for (size_t d = 0; d + 1 < sizes.size(); ++d) m *= sizes[d];
+  const int64_t n = weight.weight().n, m = tokens_of(x);
+  Tensor y = empty_output(x, n);
   if (m > 0 && n > 0) run_linear(dense(x).const_data_ptr(), dtype, m, how, weight.weight(), y.mutable_data_ptr());
   return y;
 }

@@ -6,6 +6,7 @@ from ocsquant.nn.fused import FusedNonlinearity
 from ocsquant.nn.linear import QuantizedLinear
 from ocsquant.nn.quantized import Quantized, quantized_modules
 from ocsquant.nn.recurrent import RECURRENT_FORMS, QuantizedGRU, QuantizedLSTM, QuantizedRecurrent
+from ocsquant.nn.shared import SharedInput
 from ocsquant.nn.simulated import SimulatedLinear
 from ocsquant.nn.split import SplitConv, SplitLinear
 from ocsquant.nn.tied import TiedEmbedding
@@ -22,6 +23,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedMultiheadAttention",
     "QuantizedRecurrent",
+    "SharedInput",
     "SimulatedLinear",
     "SplitConv",
     "SplitLinear",

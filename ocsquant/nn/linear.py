@@ -16,6 +16,7 @@ from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.fused import APPLIED, applied, fuses
 from ocsquant.nn.quantized import Quantized
+from ocsquant.nn.shared import SharedInput
 from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_NARROW, QUANTIZED_LINEAR_NONLINEAR
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,6 +32,7 @@ class QuantizedLinear(Quantized):
     `input_inverse` and `input_shift` float32 [in_features] or None (the shift's part of the output is in `bias`). No
     dtype conversion of a model (.half(), .bfloat16(), .to(dtype)) touches them. Takes float32, bfloat16, float16 or
     float64 [..., in_features]; returns the same dtype.
+    `shared` is the `SharedInput` of layers that are called with the same tensor, where there are others.
     With a `nonlinearity` the output is what that makes of it, without gradients and outside torch.compile: otherwise
     the `FusedNonlinearity` that follows the layer computes it.
     `weight` is the dequantized float32 matrix and `codes` the integers, made anew at each reading: writing into them
@@ -47,6 +49,7 @@ class QuantizedLinear(Quantized):
     input_shift: Tensor | None
     zero: Tensor | None
     levels: Tensor | None
+    shared: SharedInput
 
     def __init__(
         self,
@@ -144,6 +147,9 @@ class QuantizedLinear(Quantized):
             )
             if input.requires_grad and torch.is_grad_enabled():
                 return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
+            shared = self.__dict__.get("shared")
+            if shared is not None and fuses() and (y := shared.output(self, input)) is not None:
+                return y
             # Past the operator's Python face, for the same reason.
             if nonlinearity is not None:
                 form = (self.weight_bits, b["zero"], b["levels"], nonlinearity)

@@ -15,6 +15,7 @@ from ocsquant.ops.weights import dequantize_packed
 QUANTIZED_LINEAR = compiled.quantized_linear.default
 QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
+QUANTIZED_LINEARS = compiled.quantized_linears.default
 _quantized_linear_train = compiled.quantized_linear_train.default
 _scale_folded_linear = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
@@ -153,6 +154,12 @@ for _op, _names in {
 }.items():
     for _name in _names:
         _register_fake(_op + _name, _op)
+
+
+@torch.library.register_fake("ocsquant::quantized_linears")
+def _(x: Tensor, packed: list[Tensor], scale: list[Tensor], *args: Any) -> list[Tensor]:
+    torch._check(x.dim() >= 1, lambda: "quantized_linears: x must have at least one dimension, got a scalar")
+    return [x.new_empty((*x.shape[:-1], s.shape[-1])) for s in scale]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
