@@ -23,6 +23,7 @@ import ocsquant
 from ocsquant import OCS, PerChannelStatic, PerToken, Recipe, SplitQuant, Weights
 
 WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
+INPUTS_ALONE = ((4, 0, 4.0), (4, 16, 4.0), (4, 16, 2.0), (4, 32, 2.0), (4, 64, 2.0), (5, 16, 4.0), (5, 32, 2.0))
 THRESHOLDS, OUTLIERS = (2.0, 3.0, 5.0, 6.0, 8.0), (0, 4, 8, 32, 64)
 
 
@@ -58,6 +59,9 @@ def runtime_ocs(subject: Subject, short: bool) -> Iterator[Row]:
             yield row(f"16 outliers, threshold {threshold:g}", 16, threshold)
         for outliers in OUTLIERS[:1] if short else OUTLIERS:
             yield row(f"{outliers} outliers, threshold 4", outliers)
+    for bits, outliers, threshold in INPUTS_ALONE[:1] if short else INPUTS_ALONE:
+        recipe = Recipe(activations=PerToken(bits, outliers, threshold))
+        yield scored(subject, f"W8A{bits}, {outliers} outliers, threshold {threshold:g}", recipe)
 
 
 def calibration_size(subject: Subject, short: bool) -> Iterator[Row]:
