@@ -95,7 +95,12 @@ def main() -> None:
             reads = measure.ratio(taken, times[": read"]).median
             rows.append([task, name, shown, f"{reads:.1f}", "" if name == "ocsquant" else measure.ratio(taken, own)])
     text = f"{size} x {size} float32\n\n" + measure.table(["", "by", "ms", "reads", "this / ocsquant"], rows)
-    measure.finish("elementwise", head, text, {"size": size, "times": times})
+    bars = {
+        task: {n: measure.ratio(times[f"{task}: {n}"], times[f"{task}: ocsquant"]) for n in entries if n != "ocsquant"}
+        for task, entries in tasks.items()
+        if task
+    }
+    measure.finish("elementwise", head, text, {"size": size, "times": times}, bars)
 
 
 if __name__ == "__main__":

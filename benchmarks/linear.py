@@ -88,12 +88,13 @@ def main() -> None:
     sizes, tokens = (SHORT_SIZES, SHORT_TOKENS) if args.short else (SIZES, TOKENS)
     cells = [cell for size in sizes for cell in measure_size(size, tokens, args.cold, repetitions, args.scheme)]
     print()
-    rows, wins = [], {}
+    rows, wins, bars = [], {}, {}
     for cell in cells:
         times, size, m = cell["times"], cell["size"], cell["tokens"]
         best = measure.fastest(times, measure.engines())
         won = measure.ratio(times[best], times["ocsquant"])
         wins[f"{size}x{size}, {m} tokens"] = won.median
+        bars[f"{size}, {m}"] = {n: measure.ratio(times[best], t) for n, t in times.items() if n != "fp32"}
         ours = sorted(times["ocsquant"])[len(times["ocsquant"]) // 2]
         rows.append(
             [
@@ -119,7 +120,7 @@ def main() -> None:
         f"{measure.microseconds(overhead['ocsquant'])} us, ratio {extra}"
     )
     name = "linear" + ("_cold" if args.cold else "") + ("" if args.scheme == "W8A8" else f"_{args.scheme}")
-    measure.finish(name, head, text, {"cells": cells, "call_overhead": overhead})
+    measure.finish(name, head, text, {"cells": cells, "call_overhead": overhead}, bars)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import plots
 import torch
 from torch import nn
 
@@ -214,9 +215,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
-def finish(name: str, head: dict[str, Any], text: str, data: Any) -> None:
-    """Print `text`; write it and `data` to results/name.md and results/name.json."""
+def finish(name: str, head: dict[str, Any], text: str, data: Any, bars: plots.Bars | None = None) -> None:
+    """Print `text`; write it and `data` to results/name.md and results/name.json, and `bars` to results/name.png."""
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text(f"# {name}\n\n```\n{show_header(head)}\n```\n\n{text}\n")
     (RESULTS / f"{name}.json").write_text(json.dumps({**head, "results": data}, indent=1) + "\n")
+    if bars and not plots.draw(RESULTS / f"{name}.png", f"{name}: {head['cpu']}, {head['clock']}", bars):
+        print(f"no matplotlib: {name}.json holds the numbers of its plot")

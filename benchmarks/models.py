@@ -1,14 +1,19 @@
 """Whole encoders against float32 and every engine of torch's quantize_dynamic: all-MiniLM-L6-v2, and the shape of
 BERT-base with random weights, where also fewer bits a weight and what quantize() itself costs are measured.
 
-Everything that is not a linear (attention, norms, GELU, the embedding) runs in float for every competitor, so the
-ratios are smaller than those of linear.py.
+Everything that is not a linear (attention, norms, the embedding) runs in float for every competitor, so the ratios are
+smaller than those of linear.py. --alone measures each competitor in a process of its own, as it is used: there an
+output finds no memory that another has left behind.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import resource
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -86,6 +91,45 @@ def measure_bert(repetitions: int) -> tuple[str, dict[str, Any]]:
     return text, {"times": times, "cost": spent}
 
 
+def alone(args: argparse.Namespace, repetitions: int) -> tuple[str, dict[str, dict[str, list[float]]]]:
+    """Times of all-MiniLM-L6-v2 by shape and competitor, a process for each visit."""
+    shapes = SHORT_SHAPES if args.short else SHAPES
+    names = ["fp32", "ocsquant", *measure.engines()]
+    times: dict[str, dict[str, list[float]]] = {f"{b}x{n}": {name: [] for name in names} for b, n in shapes}
+    for _ in range(2 if args.short else 5):
+        for name in names:
+            command = [sys.executable, __file__, "--threads", str(args.threads), "--one", name]
+            command += ["--repetitions", str(repetitions)] + ["--short"] * args.short
+            found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
+            for shape, seconds in json.loads(found).items():
+                times[shape][name].append(seconds)
+    rows = []
+    for shape, here in times.items():
+        best = measure.fastest(here, measure.engines())
+        shown = [f"{sorted(t)[len(t) // 2] * 1e3:.2f}" for t in here.values()]
+        won = measure.ratio(here[best], here["ocsquant"])
+        rows.append([shape, *shown, measure.ratio(here["fp32"], here["ocsquant"]), f"{won} {best}"])
+    columns = ["tokens", *(f"{name} ms" for name in names), "fp32 / ours", "best engine / ours"]
+    return "all-MiniLM-L6-v2, each in a process of its own\n\n" + measure.table(columns, rows), times
+
+
+def one(name: str, shapes: tuple[tuple[int, int], ...], repetitions: int) -> dict[str, float]:
+    """Median seconds of one competitor, by shape."""
+    loaded = networks.minilm()
+    assert loaded is not None
+    model, tokenizer = loaded
+    engine = name if name in measure.engines() else None
+    if engine is not None:
+        model = measure.dynamic_peer(model, engine)
+    elif name == "ocsquant":
+        ocsquant.quantize(model)
+    found = {}
+    for batch, length in shapes:
+        times = measure.interleave({name: call(model, inputs(tokenizer, batch, length), engine)}, repetitions)[name]
+        found[f"{batch}x{length}"] = sorted(times)[len(times) // 2]
+    return found
+
+
 def measure_minilm(shapes: tuple[tuple[int, int], ...], repetitions: int) -> tuple[str, list[dict[str, Any]]]:
     loaded = networks.minilm()
     if loaded is None:
@@ -111,13 +155,36 @@ def measure_minilm(shapes: tuple[tuple[int, int], ...], repetitions: int) -> tup
 
 
 def main() -> None:
-    args = measure.parser(__doc__).parse_args()
+    options = measure.parser(__doc__)
+    options.add_argument("--alone", action="store_true", help="all-MiniLM-L6-v2, each competitor in its own process")
+    options.add_argument("--one", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    shapes = SHORT_SHAPES if args.short else SHAPES
+    if args.one is not None:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(one(args.one, shapes, args.repetitions)))
+        return
     repetitions, head = measure.start(args)
+    if args.alone:
+        text, found = alone(args, min(repetitions, 11))
+        measure.finish("models_alone", head, text, found, bars_of(found))
+        return
     # First, while the process is small: its peak of memory is measured.
     bert_text, bert_data = measure_bert(repetitions)
-    minilm_text, minilm_data = measure_minilm(SHORT_SHAPES if args.short else SHAPES, repetitions)
+    minilm_text, minilm_data = measure_minilm(shapes, repetitions)
+    times = {f"MiniLM {cell['batch']}x{cell['length']}": cell["times"] for cell in minilm_data}
+    if bert_data:
+        times["BERT 1x128"] = bert_data["times"]
     data = {"minilm": minilm_data, "bert": bert_data}
-    measure.finish("models", head, f"{minilm_text}\n\n{bert_text}", data)
+    measure.finish("models", head, f"{minilm_text}\n\n{bert_text}", data, bars_of(times))
+
+
+def bars_of(times: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, measure.Ratio]]:
+    """How many times as fast as float32."""
+    return {
+        key: {name: measure.ratio(here["fp32"], t) for name, t in here.items() if name != "fp32"}
+        for key, here in times.items()
+    }
 
 
 if __name__ == "__main__":

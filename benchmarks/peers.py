@@ -339,7 +339,11 @@ def main() -> None:
     ]
     text += "\n\npeer's time / ours\n\n" + measure.table(["", *labels], rows)
     text += "".join(f"\n\nleft out: {name}: {why}" for name, why in missing.items())
-    measure.finish("peers", head, text, {"cells": cells, "left_out": missing})
+    bars = {
+        label: {n: measure.ratio(cell["times"]["fp32"], t) for n, t in cell["times"].items() if n != "fp32"}
+        for label, cell in zip(labels, cells, strict=True)
+    }
+    measure.finish("peers", head, text, {"cells": cells, "left_out": missing}, bars)
 
 
 if __name__ == "__main__":

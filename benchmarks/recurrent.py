@@ -64,13 +64,19 @@ def timed(models: dict[str, tuple[nn.Module, str | None]], x: Tensor, repetition
 def row(name: str, times: dict[str, list[float]]) -> list[Any]:
     best = measure.fastest(times, measure.engines())
     shown = [f"{sorted(t)[len(t) // 2] * 1e3:.2f}" for t in times.values()]
-    ratios = [measure.ratio(times[a], times[b]) for a, b in (("fp32", "ocsquant"), (best, "ocsquant"), (best, "W4"))]
-    return [name, *shown, str(ratios[0]), f"{ratios[1]} {best}", str(ratios[2])]
+    float32, engine, w4 = ratios(times).values()
+    return [name, *shown, str(float32), f"{engine} {best}", str(w4)]
 
 
-def trained(repetitions: int) -> tuple[list[list[Any]], list[list[Any]]]:
-    """Speed and accuracy of the trained networks; nothing where they are absent."""
-    speed, accuracy = [], []
+def ratios(times: dict[str, list[float]]) -> dict[str, measure.Ratio]:
+    best = measure.fastest(times, measure.engines())
+    pairs = {"fp32 / ours": ("fp32", "ocsquant"), "best / ours": (best, "ocsquant"), "best / W4": (best, "W4")}
+    return {name: measure.ratio(times[a], times[b]) for name, (a, b) in pairs.items()}
+
+
+def trained(repetitions: int) -> tuple[dict[str, dict[str, list[float]]], list[list[Any]]]:
+    """Times and accuracy of the trained networks; nothing where they are absent."""
+    speed, accuracy = {}, []
     networks_of = {"ptb, words": (networks.ptb, 10, math.exp), "charrnn, characters": (networks.charrnn, 20, None)}
     for name, (load, streams, shown) in networks_of.items():
         loaded = load()
@@ -81,7 +87,7 @@ def trained(repetitions: int) -> tuple[list[list[Any]], list[list[Any]]]:
         models = competitors(model)
         for batch in (1, 20):
             times = timed(models, scored[: 35 * batch].view(batch, 35), repetitions)
-            speed.append(row(f"{name}, {batch} x 35", times))
+            speed[f"{name}, {batch} x 35"] = times
         values = {}
         for key, (network, engine) in models.items():
             measure.use_engine(engine)
@@ -95,23 +101,27 @@ def trained(repetitions: int) -> tuple[list[list[Any]], list[list[Any]]]:
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
     repetitions, head = measure.start(args)
-    rows = []
+    measured: dict[str, dict[str, list[float]]] = {}
     for kind in (nn.LSTM, nn.GRU):
         models = competitors(Words(kind).eval())
         for batch in (1, 20):
             times = timed(models, torch.randint(10_000, (35, batch)), repetitions)
-            rows.append(row(f"{kind.__name__} 2 x 650, 10,000 words, {batch} x 35", times))
+            measured[f"{kind.__name__} 2 x 650, 10,000 words, {batch} x 35"] = times
         for inputs, hidden in SIZES[:2] if args.short else SIZES:
             models = competitors(Layer(kind(inputs, hidden)).eval())
             for batch, steps in BATCHES[:1] if args.short else BATCHES:
                 times = timed(models, torch.randn(steps, batch, inputs), repetitions)
-                rows.append(row(f"{kind.__name__} {inputs} -> {hidden}, {batch} x {steps}", times))
+                measured[f"{kind.__name__} {inputs} -> {hidden}, {batch} x {steps}"] = times
     speed, accuracy = trained(repetitions)
+    measured |= speed
+    rows = [row(name, times) for name, times in measured.items()]
     columns = ["network, batch x steps", *(f"{name} ms" for name in models)]
-    text = measure.table([*columns, "fp32 / ours", "best engine / ours", "best engine / W4"], rows + speed)
+    text = measure.table([*columns, "fp32 / ours", "best engine / ours", "best engine / W4"], rows)
     if accuracy:
         text += "\n\nperplexity of words, bits per character\n\n" + measure.table(["network", *models], accuracy)
-    measure.finish("recurrent", head, text, {"speed": rows + speed, "accuracy": accuracy})
+    measure.finish(
+        "recurrent", head, text, {"speed": rows, "accuracy": accuracy}, {n: ratios(t) for n, t in measured.items()}
+    )
 
 
 if __name__ == "__main__":

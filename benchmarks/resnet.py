@@ -126,7 +126,8 @@ def main() -> None:
     convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
     text = measure.table(["ResNet-50 shape, one image", "ms", "float32 / this", "relative error"], rows)
     text += f"\n\n{count} of {convolutions} convolutions in integers"
-    measure.finish("resnet", head, text, {"times": times})
+    bars = {name: {"over float32": measure.ratio(times["float32"], t)} for name, t in times.items()}
+    measure.finish("resnet", head, text, {"times": times}, bars)
 
 
 if __name__ == "__main__":
