@@ -67,7 +67,7 @@ def share_inputs(model: nn.Module, built: list[Built]) -> None:
 def _share(group: list[Built]) -> None:
     shared = SharedInput([target.module for target, _, _ in group])  # which become what was built
     for _, new, line in group:
-        new.__dict__["shared"] = shared
+        new.share(shared)  # type: ignore[operator]  # a QuantizedLinear
         others = ", ".join(other.path.rpartition(".")[2] for _, _, other in group if other is not line)
         line.reason = "; ".join(part for part in (line.reason, f"input quantized once with {others}") if part)
 

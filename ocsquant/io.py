@@ -270,8 +270,8 @@ def _shared(model: nn.Module) -> list[list[str]]:
     paths: dict[int, str] = {}
     for path, module in quantized_modules(model):
         paths.setdefault(id(module), path)
-    inputs = {id(s): s for m in model.modules() if (s := m.__dict__.get("shared")) is not None}.values()
-    whole = (s.layers for s in inputs if all(id(m) in paths and m.__dict__.get("shared") is s for m in s.layers))
+    inputs = {id(s): s for m in model.modules() if (s := getattr(m, "shared", None)) is not None}.values()
+    whole = (s.layers for s in inputs if all(id(m) in paths and m.shared is s for m in s.layers))
     return [[paths[id(m)] for m in layers] for layers in whole]
 
 
@@ -285,7 +285,7 @@ def _place_shared(modules: dict[str, nn.Module], made: dict[int, nn.Module], gro
             raise CorruptCheckpointError(f"the layers {', '.join(paths)} cannot share an input")
         shared = SharedInput(old)
         for module in new:
-            module.__dict__["shared"] = shared
+            module.share(shared)  # type: ignore[operator]  # a QuantizedLinear
 
 
 def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[Change]:

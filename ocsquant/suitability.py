@@ -13,7 +13,8 @@ from ocsquant.ops import cpu_isa
 POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
 SMALLEST_VNNI = 32  # channels in and out of any kernel, on a CPU whose integer products are that much faster
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
-SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 32, 64, 128, 96
+SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 64, 64, 128, 128
+SMALLEST_CHANNELS = (64, 96)  # in and out of a convolution without VNNI whose kernel is larger
 SMALLEST_STORED = 4096  # weights that are worth storing in fewer bits
 GROUP_STEP = 16  # groups end where the kernels' 16-bit sums do
 MAX_DEPTH = 131072  # columns of an exact int32 sum, csrc/core/kernels.h
@@ -36,7 +37,8 @@ def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
         last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
         smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST
         return module.in_channels >= smallest_in and module.out_channels >= smallest_out
-    return module.in_channels >= SMALLEST_IN and module.out_channels >= WIDE_OUT
+    smallest_in, smallest_out = SMALLEST_CHANNELS
+    return module.in_channels >= smallest_in and module.out_channels >= smallest_out
 
 
 def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:

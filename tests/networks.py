@@ -54,7 +54,7 @@ class SharedWeight(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.left, self.right = nn.Linear(128, 32), nn.Linear(128, 32)
+        self.left, self.right = nn.Linear(128, 64), nn.Linear(128, 64)
         self.right.weight = self.left.weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def hooked_half() -> nn.Module:
 
 
 def parametrized() -> nn.Module:
-    return nn.Sequential(nn.Linear(128, 128), parametrizations.weight_norm(nn.Linear(128, 128)), nn.Linear(128, 32))
+    return nn.Sequential(nn.Linear(128, 128), parametrizations.weight_norm(nn.Linear(128, 128)), nn.Linear(128, 64))
 
 
 class Residual(nn.Module):
@@ -150,7 +150,7 @@ def split_recipe(bits: int | None = 8, **split: Any) -> Recipe:
 
 NETWORKS = {
     "root linear": Network(
-        lambda: nn.Linear(128, 32), values(3, 128), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.01)))}
+        lambda: nn.Linear(128, 64), values(3, 128), {"recipe": Recipe(Weights(clip="mse", split=OCS(0.01)))}
     ),
     "mlp": Network(mlp, values(3, 128), {"recipe": Recipe(Weights(split=OCS(0.05)), PerToken(8, 4))}),
     "used twice": Network(

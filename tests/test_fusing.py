@@ -17,7 +17,7 @@ from ocsquant.source import calls
 class Nested(nn.Module):
     def __init__(self, act=None):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(64, 96), act or nn.GELU(), nn.Linear(96, 64)
+        self.fc1, self.act, self.fc2 = nn.Linear(64, 128), act or nn.GELU(), nn.Linear(128, 64)
 
     def forward(self, x):
         return self.fc2(self.act(self.fc1(x)))
@@ -36,7 +36,7 @@ class InTurn(Nested):
 class Gated(nn.Module):
     def __init__(self):
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(64, 96), nn.Linear(64, 96), nn.Linear(96, 64)
+        self.gate, self.up, self.down = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
         self.act = F.silu
 
     def forward(self, x):
@@ -77,7 +77,7 @@ class Helper(Nested):
 
 
 def sequential(act=None):
-    return nn.Sequential(nn.Linear(64, 96), act or nn.GELU(), nn.Linear(96, 64))
+    return nn.Sequential(nn.Linear(64, 128), act or nn.GELU(), nn.Linear(128, 64))
 
 
 def fused(model):
@@ -97,8 +97,8 @@ PROVEN = {
     "nested": (Nested, ["act"]),
     "in turn": (InTurn, ["act"]),
     "gated": (Gated, []),
-    "encoder": (lambda: nn.TransformerEncoderLayer(64, 4, 96, batch_first=True, activation="gelu"), []),
-    "decoder": (lambda: nn.TransformerDecoderLayer(64, 4, 96, batch_first=True), []),
+    "encoder": (lambda: nn.TransformerEncoderLayer(64, 4, 128, batch_first=True, activation="gelu"), []),
+    "decoder": (lambda: nn.TransformerDecoderLayer(64, 4, 128, batch_first=True), []),
 }
 
 
@@ -248,7 +248,7 @@ def test_other_dtypes(dtype):
 class Adapter(nn.Module):
     def __init__(self, base):
         super().__init__()
-        self.base, self.a, self.b = base, nn.Linear(64, 4, bias=False), nn.Linear(4, 96, bias=False)
+        self.base, self.a, self.b = base, nn.Linear(64, 4, bias=False), nn.Linear(4, 128, bias=False)
 
     def forward(self, x):
         return self.base(x) + self.b(self.a(x))

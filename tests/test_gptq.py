@@ -152,7 +152,7 @@ def test_every_kind_of_layer(monkeypatch):
 
 
 def test_what_calibration_must_be():
-    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 96))
+    model = nn.Sequential(nn.Linear(128, 64), nn.Linear(64, 128))
     skipping, x = Skipping(), torch.randn(5, 128)
     before = snapshot(model)
     with ocsquant.calibrate(model) as seen:

@@ -34,7 +34,7 @@ def test_default_is_in_place_and_close():
 
 
 def test_a_root_linear_changes_under_the_callers_reference():
-    model = nn.Linear(140, 40)
+    model = nn.Linear(140, 70)
     x = torch.randn(3, 140)
     expected = model(x)
     alias = model
@@ -195,7 +195,7 @@ def test_quantized_twice():
     model = ocsquant.quantize(mlp())
     with pytest.raises(ocsquant.NothingToQuantizeError, match="already quantized"):
         ocsquant.quantize(model)
-    bigger = nn.Sequential(model, nn.Linear(128, 32))
+    bigger = nn.Sequential(model, nn.Linear(128, 64))
     ocsquant.quantize(bigger)
     assert reasons(bigger)["0.0"] == "already quantized"
 
@@ -369,7 +369,7 @@ def test_state_dict_deepcopy_pickle_and_weights_only():
 
 
 def test_readable_weight_and_codes():
-    model = nn.Linear(140, 40)
+    model = nn.Linear(140, 70)
     w = model.weight.detach().clone()
     ocsquant.quantize(model, ocsquant.Recipe(ocsquant.Weights(split=ocsquant.OCS(0.1))))
     assert close(model.weight, w, 0.01)

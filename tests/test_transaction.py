@@ -161,7 +161,7 @@ def test_the_sweep_sees_a_change() -> None:
         ocsquant.quantize(model)
 
     with pytest.raises(AssertionError, match="changed by a failure in quantize"):
-        sweep(lambda: nn.Linear(128, 32), careless)
+        sweep(lambda: nn.Linear(128, 64), careless)
 
 
 def prepare(network: Network) -> Callable[[nn.Module], nn.Module]:

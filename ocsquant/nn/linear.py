@@ -17,8 +17,15 @@ from ocsquant.methods.outliertune import InputTransform
 from ocsquant.nn.fused import APPLIED, applied, fuses
 from ocsquant.nn.quantized import Quantized
 from ocsquant.nn.shared import SharedInput
-from ocsquant.ops.linear import BYTE, QUANTIZED_LINEAR, QUANTIZED_LINEAR_NARROW, QUANTIZED_LINEAR_NONLINEAR
+from ocsquant.ops.linear import (
+    BYTE,
+    QUANTIZED_LINEAR,
+    QUANTIZED_LINEAR_BARE,
+    QUANTIZED_LINEAR_NARROW,
+    QUANTIZED_LINEAR_NONLINEAR,
+)
 
+FLOAT32, is_compiling = torch.float32, torch.compiler.is_compiling
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NATIVE = (torch.float32, torch.bfloat16)  # of the operators
 
@@ -49,7 +56,8 @@ class QuantizedLinear(Quantized):
     input_shift: Tensor | None
     zero: Tensor | None
     levels: Tensor | None
-    shared: SharedInput
+    shared: SharedInput | None
+    plain: tuple[int, int, float, int] | None  # the operator's last arguments, where it is the plainest one
 
     def __init__(
         self,
@@ -73,6 +81,9 @@ class QuantizedLinear(Quantized):
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size, self.weight_bits = group_size, weight_bits
         self.activations, self.nonlinearity = activations, nonlinearity
+        plain = weight_bits == BYTE and input_inverse is None and nonlinearity is None
+        a, self.shared = activations, None
+        self.plain = (a.bits, a.max_outliers, a.outlier_threshold, group_size) if plain else None
         buffers = (packed, scale, bias, tail_index, input_inverse, input_shift, zero, levels)
         # torch.export counts past the buffers that are None: those come last.
         for name, buffer in sorted(zip(self.tensors, buffers, strict=True), key=lambda pair: pair[1] is None):
@@ -119,16 +130,29 @@ class QuantizedLinear(Quantized):
             nonlinearity,
         )
 
+    def share(self, shared: SharedInput) -> None:
+        """Quantize the input together with its other layers."""
+        self.shared, self.plain = shared, None
+
     def forward(self, input: Tensor) -> Tensor:
+        # The price of a call is that of nn.Linear's: every attribute and check counts.
+        plain = self.plain
+        if plain is not None and input.dtype is FLOAT32 and not (input.requires_grad or is_compiling()):
+            shape = input.shape
+            if shape and shape[-1] == self.in_features:
+                b: dict[str, Any] = self._buffers
+                return QUANTIZED_LINEAR_BARE(input, b["packed"], b["scale"], b["bias"], b["tail_index"], *plain)
+        return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
             raise ArgumentError("input", f"[..., {self.in_features}]", list(shape))
         if input.dtype not in NATIVE:
             if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
-            y = self.forward(input.float())
+            y = self._forward(input.float())
             return applied(y.to(input.dtype), kind) if (kind := getattr(y, APPLIED, None)) else y.to(input.dtype)
-        # Read once from the dictionary: attribute access to four buffers would cost as much as the call itself.
         b: dict[str, Any] = self._buffers
         a, nonlinearity = self.activations, self.nonlinearity
         if nonlinearity is not None and not fuses():
@@ -147,10 +171,9 @@ class QuantizedLinear(Quantized):
             )
             if input.requires_grad and torch.is_grad_enabled():
                 return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
-            shared = self.__dict__.get("shared")
-            if shared is not None and fuses() and (y := shared.output(self, input)) is not None:
-                return y
-            # Past the operator's Python face, for the same reason.
+            if self.shared is not None and fuses() and (found := self.shared.output(self, input)) is not None:
+                return found
+            # Past the operator's Python face, which costs as much as a small product.
             if nonlinearity is not None:
                 form = (self.weight_bits, b["zero"], b["levels"], nonlinearity)
                 return applied(QUANTIZED_LINEAR_NONLINEAR(*operands, *form), nonlinearity)

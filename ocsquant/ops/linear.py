@@ -13,6 +13,8 @@ from ocsquant.ops.weights import dequantize_packed
 
 # Going through the packet instead of the overload costs 0.4 us a call.
 QUANTIZED_LINEAR = compiled.quantized_linear.default
+# What an overload's __call__ calls; not for code that is being compiled, where the overload itself is what is known.
+QUANTIZED_LINEAR_BARE = QUANTIZED_LINEAR._op
 QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
 QUANTIZED_LINEARS = compiled.quantized_linears.default
