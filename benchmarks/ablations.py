@@ -1,7 +1,8 @@
 """The choices behind the defaults, one changed at a time: what each is worth.
 
 Run-time OCS (its threshold, and how many values of a token it may split), the amount of calibration of OutlierTune, the
-parts of SplitQuant, and which channels OCS on weights splits and how. Weights are per output channel and min-max unless
+parts of SplitQuant (of weights, and of activations), which channels OCS on weights splits and how, and OCS on
+activations beside an oracle that knows the batch. Weights are per output channel and min-max unless
 the row says otherwise; embeddings and tied heads stay float.
 """
 
@@ -11,16 +12,18 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import baselines
 import low_bits
 import measure
 import networks
 import torch
 from accuracy import Row, load_smollm2
 from low_bits import Subject
-from torch import Tensor
+from torch import Tensor, nn
 
 import ocsquant
-from ocsquant import OCS, PerChannelStatic, PerToken, Recipe, SplitQuant, Weights
+from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, SplitQuant, Weights
+from ocsquant.methods.tokens import quantize_tokens
 
 WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
 INPUTS_ALONE = ((4, 0, 4.0), (4, 16, 4.0), (4, 16, 2.0), (4, 32, 2.0), (4, 64, 2.0), (5, 16, 4.0), (5, 32, 2.0))
@@ -86,6 +89,50 @@ def split_parts(subject: Subject, short: bool) -> Iterator[Row]:
     yield scored(subject, "4 bits, k-means", Recipe(Weights(4, codebook="kmeans"), None), simulate=True)
 
 
+def input_parts(subject: Subject, short: bool) -> Iterator[Row]:
+    """SplitQuant's split of activations, on and off; weights stay float. Its neighbours have a step per token."""
+
+    def row(what: str, model: nn.Module) -> Row:
+        value, distance, error = subject.score(model)
+        return Row(subject.name, what, f"{value:.4f} ({distance:+.4f} +- {error:.4f})")
+
+    for bits in (8,) if short else (8, 6):
+        for parts in (1, 3):
+            made = baselines.with_inputs(copy.deepcopy(subject.model), baselines.channel_parts(bits, parts))
+            yield row(f"A{bits}, a range for each batch, {parts} parts of channels", made)
+        for outliers in (0, 16):
+            made = baselines.with_inputs(copy.deepcopy(subject.model), per_token(bits, outliers))
+            yield row(f"A{bits}, a step per token, {outliers} outliers split", made)
+
+
+def per_token(bits: int, outliers: int) -> Callable[[Tensor], Tensor]:
+    def quantize(x: Tensor) -> Tensor:
+        codes, step = quantize_tokens(x, bits, outliers, 4.0)
+        return codes * step[:, None]
+
+    return quantize
+
+
+def oracle(subject: Subject, short: bool) -> Iterator[Row]:
+    """OCS on activations with one step per tensor: channels known from calibration, and from the batch itself."""
+    batches = list(subject.calibration)
+    for bits in (8,) if short else (8, 6):
+        for ratio in (0.0, 0.05) if short else (0.0, 0.02, 0.05, 0.1):
+            made = baselines.with_inputs(copy.deepcopy(subject.model), baselines.oracle_ocs(bits, ratio))
+            value, distance, error = subject.score(made)
+            shown = f"{value:.4f} ({distance:+.4f} +- {error:.4f})"
+            yield Row(subject.name, f"A{bits}, the batch's own largest channels, r = {ratio:g}", shown)
+        for ratio in (0.05,) if short else (0.02, 0.05, 0.1):
+            for select in ("max", "gain"):
+                inputs = Activations(
+                    bits, max_outliers=0, scale="tensor", split=OCS(ratio, quantization_aware=False, select=select)
+                )
+                what = f"W8A{bits}, static, channels of calibration by {select}, r = {ratio:g}"
+                yield scored(subject, what, Recipe(activations=inputs), batches)
+        static = Recipe(activations=PerTensorStatic(bits))
+        yield scored(subject, f"W8A{bits}, static, not split", static, batches)
+
+
 def split_choice(subject: Subject, short: bool) -> Iterator[Row]:
     """5 bits per tensor, clip mse, 5 % of the channels: as in the paper, and as it is here."""
     ways: dict[str, dict[str, Any]] = {
@@ -109,6 +156,8 @@ PARTS: dict[str, tuple[tuple[str, ...], Part]] = {
     "calibration_size": (("minilm", "smollm2"), calibration_size),
     "split_parts": (("stories260k", "minilm"), split_parts),
     "split_choice": (("charrnn",), split_choice),
+    "input_parts": (("minilm", "stories260k"), input_parts),
+    "oracle": (("minilm", "stories260k"), oracle),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Any
@@ -198,3 +199,44 @@ class Shift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.shift
+
+
+def with_inputs(model: nn.Module, quantize: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Every linear of the tables multiplies what `quantize` makes of its input [tokens, channels]."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = args[0]
+        return (quantize(x.reshape(-1, x.shape[-1])).reshape(x.shape),)
+
+    for _, _, module in linears(model):
+        module.register_forward_pre_hook(hook)
+    return model
+
+
+def in_range(x: Tensor, bits: int) -> Tensor:
+    """Rounded to 2^bits levels between the least and the largest of these values, 0 among them."""
+    low, high = x.min().clamp(max=0.0), x.max().clamp(min=0.0)
+    step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+    return ((x / step).round() - (low / step).round()).clamp(0, 2**bits - 1) * step + (low / step).round() * step
+
+
+def channel_parts(bits: int, parts: int) -> Callable[[Tensor], Tensor]:
+    """SplitQuant's activation layers (arXiv 2501.12428): neighbouring channels in equal parts, each with a range."""
+    return lambda x: torch.cat([in_range(part, bits) for part in x.tensor_split(parts, 1)], 1)
+
+
+def oracle_ocs(bits: int, ratio: float) -> Callable[[Tensor], Tensor]:
+    """Activation OCS (arXiv 1901.09504) that knows the batch: its largest channels are halved, one step for all.
+
+    A channel's two copies hold a half each, so that its sum lies on a grid of twice the range.
+    """
+
+    def quantize(x: Tensor) -> Tensor:
+        largest = x.abs().amax(0)
+        copies = torch.ones_like(largest)
+        for _ in range(math.ceil(ratio * x.shape[1])):
+            copies[(largest / copies).argmax()] += 1
+        step = ((largest / copies).max() / code_limit(bits)).clamp(min=1e-12)
+        return (x / step).round() * step
+
+    return quantize

@@ -168,22 +168,29 @@ def recipes(short: bool) -> dict[str, Recipe]:
 
 @torch.no_grad()
 def authors_splitquant(model: nn.Module, bits: int = 2) -> nn.Module:
-    """The paper's own pipeline: zeros where the other parts have values, row ranges over them, shifts in float."""
+    """The paper's own pipeline: zeros where the other parts have values, row ranges over them, shifts in float; biases
+    the same way.
+    """
     for module in model.modules():
         if not isinstance(module, nn.Linear) or module.weight is getattr(
             getattr(model, "embedding", None), "weight", 0
         ):
             continue
-        w = module.weight
-        part = part_of(w, cluster_bounds(w.reshape(1, -1), 3))
-        total = torch.zeros_like(w)
-        for p in range(3):
-            own = torch.where(part == p, w, 0.0)
-            low, high = own.amin(1, keepdim=True), own.amax(1, keepdim=True)
-            step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-            total += ((own - low) / step).round() * step + low
-        w.copy_(total)
+        for values in (module.weight, module.bias[None] if module.bias is not None else module.weight[:0]):
+            if values.numel():
+                values.copy_(_in_three(values, bits))
     return model
+
+
+def _in_three(values: Tensor, bits: int) -> Tensor:
+    part = part_of(values, cluster_bounds(values.reshape(1, -1), 3))
+    total = torch.zeros_like(values)
+    for p in range(3):
+        own = torch.where(part == p, values, 0.0)
+        low, high = own.amin(1, keepdim=True), own.amax(1, keepdim=True)
+        step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+        total += ((own - low) / step).round() * step + low
+    return total
 
 
 def stored_bits(made: nn.Module) -> float:

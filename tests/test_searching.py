@@ -216,3 +216,23 @@ class Argmax(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x).argmax(-1)
+
+
+def test_a_mixture_must_promise_more_than_a_few_percent():
+    """Else one recipe everywhere is kept: the prediction is no better than that."""
+
+    def table(gain):
+        rows = {
+            "a": {"small": Option(50, 1.0), "even": Option(100, 0.5), "large": Option(150, 0.4)},
+            "b": {"small": Option(50, 1.0 - gain), "even": Option(100, 0.9), "large": Option(150, 0.9)},
+        }
+        return Sensitivity(rows, {"a": 100, "b": 100}, {"a": 1.0, "b": 1.0}, {})
+
+    def chosen(gain):
+        made = table(gain)
+        made.candidates.update(dict.fromkeys(("small", "even", "large"), Recipe()))
+        return _choose(made, 200)
+
+    assert chosen(0.0) == {"a": "even", "b": "even"}
+    assert chosen(0.02) == {"a": "even", "b": "even"}
+    assert chosen(0.09) == {"a": "large", "b": "small"}
