@@ -117,8 +117,8 @@ struct TokenRows {
       widen(static_cast<const uint16_t*>(x) + m * k, k, wide);
       row = wide;
     }
-    if (how.inverse != nullptr) scale_row(row, how, k, wide);
-    if (how.fixed) return quantize_row_fixed(wide, k, how, out);
+    if (how.fixed) return quantize_row_fixed(row, k, how, out);
+    if (how.inverse != nullptr) scale_row(row, how, 0, k, wide);
     return quantize_row(wide, k, how, range_of_row(wide, k, how), out);
   }
 

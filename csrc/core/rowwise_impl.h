@@ -228,35 +228,72 @@ OCSQ_INLINE float quantize_row(const float* x, int64_t k, const TokenQuantizer& 
   return step;
 }
 
-inline void scale_row(const float* x, const TokenQuantizer& how, int64_t k, float* y) {
-  if (how.shift != nullptr) {
-    for (int64_t j = 0; j < k; ++j) y[j] = (x[j] - how.shift[j]) * how.inverse[j];
-  } else {
-    for (int64_t j = 0; j < k; ++j) y[j] = x[j] * how.inverse[j];
+// Columns [first, last) of a row, scaled to y[last - first].
+inline void scale_row(const float* x, const TokenQuantizer& how, int64_t first, int64_t last, float* y) {
+  for (int64_t j = first; j < last; ++j) {
+    const float centred = how.shift != nullptr ? x[j] - how.shift[j] : x[j];
+    *y++ = how.inverse != nullptr ? centred * how.inverse[j] : centred;
   }
 }
 
-template <class Out>
+// Codes of step 1 of the scaled values; kOutliers: some may be beyond +-limit, and are counted.
+template <bool kOutliers, class Out>
 struct RowFixedCodes {
-  RowCodes<true, Out> codes;
-  Simd::I largest;
-  Simd::F bottom, top, offset;
+  Out out;
+  const float *inverse, *shift;
+  Simd::I largest, offset;
+  Simd::F bottom, top;
+  int limit;
+  int64_t beyond = 0;
   // `most`: what a code of a symmetric range may be.
-  OCSQ_INLINE RowFixedCodes(const Out& out, const TokenQuantizer& how, int limit, int most)
-      : codes(out, 1.0f, how.symmetric ? limit : limit + 1),
+  OCSQ_INLINE RowFixedCodes(const Out& to, const TokenQuantizer& how, int bound, int most)
+      : out(to),
+        inverse(how.inverse),
+        shift(how.shift),
         largest(Simd::zero_i()),
+        offset(Simd::set1_i(how.symmetric ? 0 : bound + 1)),
         bottom(Simd::set1(static_cast<float>(how.symmetric ? -most : 0))),
-        top(Simd::set1(static_cast<float>(how.symmetric ? most : 2 * limit + 1))),
-        offset(Simd::set1(static_cast<float>(how.symmetric ? 0 : limit + 1))) {}
-  OCSQ_INLINE void operator()(const float* p, int64_t j) {
-    float clamped[kLanes];
-    for (int v = 0; v < kVectors; ++v) {
-      const Simd::F x = Simd::load(p + v * Simd::W);
-      largest = Simd::max_i(largest, Simd::abs_bits(x));
-      const Simd::F code = Simd::rint(Simd::max(bottom, Simd::min(top, x)));
-      Simd::store(clamped + v * Simd::W, Simd::sub(code, offset));
+        top(Simd::set1(static_cast<float>(how.symmetric ? most : 2 * bound + 1))),
+        limit(how.symmetric ? bound : bound + 1) {}
+
+  OCSQ_INLINE bool finite() const {
+    return bits_to_float(Simd::reduce_max(largest)) <= std::numeric_limits<float>::max();
+  }
+  OCSQ_INLINE Simd::I code(Simd::F x) {
+    largest = Simd::max_i(largest, Simd::abs_bits(x));
+    return Simd::sub_i(Simd::round_to_int(Simd::max(bottom, Simd::min(top, x))), offset);
+  }
+  template <class Load>
+  OCSQ_INLINE void block(int64_t j, const Load& load) {
+    for (int v = 0; v < kVectors; v += 2) {
+      const Simd::I a = code(load(v * Simd::W));
+      const Simd::Codes both = Simd::pack_codes(a, code(load((v + 1) * Simd::W)));
+      uint32_t which = 0;
+      if constexpr (kOutliers) which = Simd::beyond(both, limit);
+      beyond += __builtin_popcount(which) / Simd::kCodeBits;
+      out.put(j + v * Simd::W, both, which);
     }
-    codes(clamped, j);
+  }
+  OCSQ_INLINE void row(const float* x, int64_t k, const TokenQuantizer& how) {
+    const int64_t whole = k / kLanes * kLanes;
+    for (int64_t j = 0; j < whole; j += kLanes) {
+      if (shift != nullptr) {
+        block(j, [&](int64_t at) __attribute__((always_inline)) {
+          const Simd::F centred = Simd::sub(Simd::load(x + j + at), Simd::load(shift + j + at));
+          return Simd::mul(centred, Simd::load(inverse + j + at));
+        });
+      } else if (inverse != nullptr) {
+        block(j, [&](int64_t at) __attribute__((always_inline)) {
+          return Simd::mul(Simd::load(x + j + at), Simd::load(inverse + j + at));
+        });
+      } else {
+        block(j, [&](int64_t at) __attribute__((always_inline)) { return Simd::load(x + j + at); });
+      }
+    }
+    if (whole == k) return;
+    float last[kLanes] = {};
+    scale_row(x, how, whole, k, last);
+    block(whole, [&](int64_t at) __attribute__((always_inline)) { return Simd::load(last + at); });
   }
 };
 
@@ -264,18 +301,26 @@ struct RowFixedCodes {
 template <class Out>
 OCSQ_INLINE float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, Out& out) {
   const int limit = (1 << (how.bits - 1)) - 1;
-  RowFixedCodes<Out> block(out, how, limit, kMaxFixedCode);
-  for_blocks(x, k, block);
-  if (!(bits_to_float(Simd::reduce_max(block.largest)) <= std::numeric_limits<float>::max())) {
-    out.zeros(k);
-    return std::numeric_limits<float>::quiet_NaN();
+  bool finite = true;
+  if (how.max_outliers > 0) {
+    RowFixedCodes<true, Out> codes(out, how, limit, kMaxFixedCode);
+    codes.row(x, k, how);
+    finite = codes.finite();
+    if (finite && codes.beyond <= how.max_outliers) {
+      out = codes.out;
+      return 1.0f;
+    }
   }
-  if (how.symmetric && block.codes.beyond > how.max_outliers) {
-    block = RowFixedCodes<Out>(out, how, limit, limit);
-    for_blocks(x, k, block);
+  if (finite) {
+    RowFixedCodes<false, Out> codes(out, how, limit, limit);
+    codes.row(x, k, how);
+    if (codes.finite()) {
+      out = codes.out;
+      return 1.0f;
+    }
   }
-  out = block.codes.out;
-  return 1.0f;
+  out.zeros(k);
+  return std::numeric_limits<float>::quiet_NaN();
 }
 
 inline void widen(const uint16_t* x, int64_t n, float* y) {

@@ -23,6 +23,7 @@ from ocsquant.ops.linear import (
     QUANTIZED_LINEAR_BARE,
     QUANTIZED_LINEAR_NARROW,
     QUANTIZED_LINEAR_NONLINEAR,
+    SCALE_FOLDED_LINEAR,
 )
 
 FLOAT32, is_compiling = torch.float32, torch.compiler.is_compiling
@@ -180,7 +181,7 @@ class QuantizedLinear(Quantized):
             if self.weight_bits == BYTE:
                 return QUANTIZED_LINEAR(*operands)
             return QUANTIZED_LINEAR_NARROW(*operands, self.weight_bits, b["zero"], b["levels"])
-        y = ops.scale_folded_linear(
+        folded = (
             input,
             b["packed"],
             b["scale"],
@@ -196,8 +197,10 @@ class QuantizedLinear(Quantized):
             self.weight_bits,
             b["zero"],
             b["levels"],
-            nonlinearity or "none",
         )
+        if input.requires_grad and torch.is_grad_enabled():
+            return ops.scale_folded_linear(*folded)
+        y = SCALE_FOLDED_LINEAR(*folded, nonlinearity or "none")
         return y if nonlinearity is None else applied(y, nonlinearity)
 
     @property

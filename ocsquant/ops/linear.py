@@ -19,7 +19,7 @@ QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
 QUANTIZED_LINEARS = compiled.quantized_linears.default
 _quantized_linear_train = compiled.quantized_linear_train.default
-_scale_folded_linear = compiled.scale_folded_linear.default
+SCALE_FOLDED_LINEAR = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
 BYTE = 8  # bits
 
@@ -138,7 +138,7 @@ def scale_folded_linear(
     )
     if wants_gradient(x):
         return followed("scale_folded_linear", _scale_folded_linear_train(*operands), nonlinearity)
-    return _scale_folded_linear(*operands, nonlinearity)
+    return SCALE_FOLDED_LINEAR(*operands, nonlinearity)
 
 
 def _register_fake(name: str, op: str) -> None:
