@@ -4,20 +4,30 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ocsquant import source
+from ocsquant.errors import ArgumentError, ArgumentTypeError
+from ocsquant.folding import BATCH, TOLERANCE
+from ocsquant.inputs import arguments, evaluating
 from ocsquant.nn import FusedNonlinearity, QuantizedLinear, SharedInput
 from ocsquant.nn.fused import nonlinearity_of
 from ocsquant.nn.shared import form
 from ocsquant.planning import Target
-from ocsquant.transaction import Change, hooked, set_attribute
+from ocsquant.transaction import Change, hooked, set_attribute, temporarily
 from ocsquant.tying import Built
 
 
 def fuse_nonlinearities(model: nn.Module, targets: list[Target]) -> list[Change]:
-    """Let integer linear layers compute the nonlinearity that follows them; changes for the nonlinearities' places."""
+    """Let integer linear layers compute the nonlinearity that follows them; changes for the nonlinearities' places.
+
+    What reaches past the module that holds both (a parent that calls its layers, code that takes an nn.Sequential
+    apart) is not seen: `check_fused` runs the model for that.
+    """
     changes: list[Change] = []
     holders = _holders(model)
     for target in targets:
@@ -26,16 +36,16 @@ def fuse_nonlinearities(model: nn.Module, targets: list[Target]) -> list[Change]
         if not integer or place is None or target.module._forward_hooks:
             continue
         holder, name = place
-        follower = _follower(holder, name)
-        if follower is None:
+        place_of_next = follower(holder, name)
+        if place_of_next is None:
             continue
-        found = placed(holder, follower)
+        found = placed(holder, place_of_next)
         nonlinearity = nonlinearity_of(found)
         if nonlinearity is None or (isinstance(found, nn.Module) and hooked(found)):
             continue
         target.nonlinearity = nonlinearity
         target.notes.append(f"computes the {nonlinearity} that follows")
-        changes.append(replace(holder, follower, FusedNonlinearity(nonlinearity)))
+        changes.append(replace(holder, place_of_next, FusedNonlinearity(nonlinearity)))
     return changes
 
 
@@ -51,9 +61,9 @@ def share_inputs(model: nn.Module, built: list[Built]) -> None:
     }
     parents = Counter(id(holders[key][0]) for key in mine)
     for holder in model.modules():
-        if parents[id(holder)] < 2 or "forward" in holder.__dict__:
+        if parents[id(holder)] < 2:
             continue
-        for names in source.siblings(type(holder)):  # type: ignore[arg-type]  # as in _follower
+        for names in source.siblings(holder):
             alike: dict[tuple[object, ...], list[Built]] = {}
             for name in names:
                 entry = mine.get(id(holder._modules.get(name)))
@@ -96,11 +106,33 @@ def replace(holder: nn.Module, name: str, new: FusedNonlinearity) -> Change:
     return lambda: modules.__setitem__(name, new), lambda: modules.__setitem__(name, old)
 
 
-def _follower(holder: nn.Module, name: str) -> str | None:
+def follower(holder: nn.Module, name: str) -> str | None:
     """What `holder` calls on the output of its child `name`, and on nothing else, where its code proves that."""
-    if "forward" in holder.__dict__:
-        return None
-    if type(holder).forward is nn.Sequential.forward:
-        names = list(holder._modules)
-        return dict(pairwise(names)).get(name)
-    return source.calls(type(holder)).get(name)  # type: ignore[arg-type]  # mypy asks whether its instances have a hash
+    if type(holder) is nn.Sequential:
+        return dict(pairwise(holder._modules)).get(name) if "forward" not in holder.__dict__ else None
+    return source.calls(holder).get(name)
+
+
+def check_fuse(value: Any) -> None:
+    if not isinstance(value, (bool, *BATCH)):
+        expected = "True, False or a batch to run the model on: a tensor, a tuple or list, or a mapping"
+        raise ArgumentTypeError("fuse", expected, repr(value))
+
+
+def check_fused(model: nn.Module, changes: list[Change], batch: Any) -> None:
+    """Raise ArgumentError where the changed model gives something else on the batch when its layers compute more.
+
+    With gradients enabled they compute their own product alone, and every module what it stands for.
+    """
+
+    def outputs(recorded: bool) -> list[Tensor]:
+        args, kwargs = arguments(batch)
+        with evaluating(model), torch.set_grad_enabled(recorded):
+            found = model(*args, **kwargs)
+        return [t.detach().double() for t in tree_leaves(found) if isinstance(t, Tensor) and t.is_floating_point()]
+
+    apart, fused = temporarily(changes, lambda: (outputs(True), outputs(False)))
+    for one, other in zip(apart, fused, strict=True):
+        if one.shape != other.shape or not float((other - one).norm()) <= TOLERANCE * float(one.norm()) + 1e-6:
+            expected = "False: something reads a layer past the module that holds it, so that nothing may be fused"
+            raise ArgumentError("fuse", expected, "a batch on which the fused model gives another output")

@@ -27,7 +27,7 @@ from ocsquant.errors import (
     UnsupportedVersionError,
 )
 from ocsquant.folding import BATCH_NORMS, FoldedBatchNorm
-from ocsquant.fusing import placed, replace
+from ocsquant.fusing import follower, placed, replace
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import (
     FORMS,
@@ -80,6 +80,10 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for place, found in (*module._modules.items(), *module.__dict__.items()):
             if isinstance(found, FusedNonlinearity):
                 fused.append([name, place, found.nonlinearity])
+    computed = Counter(kind for settings in layers.values() if (kind := settings.get("nonlinearity")))
+    if computed != Counter(kind for _, _, kind in fused):
+        parts = "a layer that computes a nonlinearity without the module in that one's place"
+        raise UnsupportedModuleError("", f"{parts}: save the model that holds both, or quantize with fuse=False")
     if not layers:
         raise ArgumentError("model", "a model with quantized layers", type(model).__name__)
     tensors, aliases = _unique(model.state_dict())
@@ -295,9 +299,12 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
         raise CorruptCheckpointError("its layers compute other nonlinearities than it says that they replace")
     changes = []
     for path, place, kind in record["fused"]:
-        holder = modules.get(path)
-        if holder is None or nonlinearity_of(placed(holder, place)) != kind:
-            raise SchemaMismatchError(f"the file has a {kind} at '{place}' of '{path}', the model has not")
+        holder = modules.get(path) or nn.Identity()
+        own = [f"{path}.{name}".lstrip(".") for name in holder._modules if follower(holder, name) == place]
+        computes = len(own) == 1 and record["layers"].get(own[0], {}).get("nonlinearity") == kind
+        if not computes or nonlinearity_of(placed(holder, place)) != kind:
+            where = f"{path}.{place}".lstrip(".")
+            raise SchemaMismatchError(f"the file has a {kind} at '{where}' that a layer computes, the model has not")
         changes.append(replace(holder, place, FusedNonlinearity(kind)))
     return changes
 

@@ -12,7 +12,7 @@ from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
 from ocsquant.folding import check_fold, fold_batchnorms
-from ocsquant.fusing import fuse_nonlinearities, share_inputs
+from ocsquant.fusing import check_fuse, check_fused, fuse_nonlinearities, share_inputs
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
 from ocsquant.observers import statistics_of
@@ -32,7 +32,7 @@ def quantize(
     overrides: Mapping[str, Recipe | str] | None = None,
     simulate: bool = False,
     fold_batchnorm: Any = False,
-    fuse: bool = True,
+    fuse: Any = False,
     progress: bool | None = None,
 ) -> nn.Module:
     """Quantize a model's layers in place and return the model.
@@ -59,11 +59,13 @@ def quantize(
             first (evaluation mode only). A batch (as of `calibration`; one sample is enough) folds it wherever running
             the model on it, as it is called then and without gradients, shows that the BatchNorm alone reads what the
             convolution gives; the folded model has to give the same output on it.
-        fuse: let an integer linear layer compute the ReLU, GELU, SiLU, sigmoid or tanh that follows it, where the code
-            of the module that holds both shows that nothing else reads its output (nn.Sequential, MLPs of transformers
-            and torch.nn, and classes written like them), and layers that the code calls with the same tensor (query,
-            key and value; gate and up) quantize it once. Acts without gradients and outside torch.compile; the report
-            names the layers. False for models that get adapters on layers that compute a nonlinearity.
+        fuse: True lets an integer linear layer compute the ReLU, GELU, SiLU, sigmoid or tanh that follows it, where the
+            code of the class that holds both shows that nothing else there reads its output (nn.Sequential, MLPs of
+            transformers and torch.nn, classes written like them), and layers that the code calls with the same tensor
+            one after the other (query, key and value; gate and up) quantize it once. A batch (as of `calibration`)
+            also runs the quantized model on it, fused and not: both have to give the same. Without gradients and
+            outside torch.compile only; the report names the layers. Not for models that get adapters or forward hooks
+            on them, or whose layers are called one by one from outside.
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
@@ -75,7 +77,7 @@ def quantize(
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("simulate", simulate, bool, "True or False")
     check_fold(fold_batchnorm)
-    check_type("fuse", fuse, bool, "True or False")
+    check_fuse(fuse)
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
     seen = None
@@ -94,18 +96,21 @@ def quantize(
             seen = statistics_of(model, calibration, bar)
         fix_input_scales(model, plan.targets, seen)
         attach_moments(model, plan.targets, seen)
-        if fuse and not simulate:
+        fused = fuse is not False and not simulate
+        if fused:
             changes = changes + fuse_nonlinearities(model, plan.targets)
 
         def in_turn(targets: list[Target]) -> Iterable[Target]:
             return with_hessians(model, layer_bar(targets, progress), calibration, bar)
 
         def finish(built: list[Built]) -> None:
-            if fuse:
+            if fused:
                 share_inputs(model, built)
 
         more, layers = build(model, plan, simulate, in_turn, finish)
         changes = changes + more
+        if fused and fuse is not True:
+            check_fused(model, changes, fuse)
         changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
         commit(changes)
     return model

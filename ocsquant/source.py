@@ -5,40 +5,48 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
+from types import CodeType, FunctionType, MethodType
 
 from torch import nn
 
 # Methods that a forward does not call.
 SETUP = {"__init__", "__setstate__", "__repr__", "extra_repr", "reset_parameters", "_reset_parameters"}
 METHODS = (ast.FunctionDef, ast.AsyncFunctionDef)
+UNNAMED = {"children", "modules", "_modules", "__dict__", "get_submodule", "__getattr__", "__getattribute__", "apply"}
+DECORATORS = ("torch", "transformers", "functools", "contextlib")  # packages and modules
 READABLE = {"weight", "bias", "in_features", "out_features"}  # of a quantized layer as of a float one
 SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 # What may not run, or not once, though the statement around it does.
 UNCERTAIN = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-@functools.cache
-def calls(cls: type[nn.Module]) -> dict[str, str]:
-    """`a` -> `b` for every `self.b(self.a(...))` of a class whose methods name neither anywhere else.
+def calls(holder: nn.Module) -> dict[str, str]:
+    """`a` -> `b` for every `self.b(self.a(...))` of a module whose class names neither anywhere else, and does nothing
+    with itself but read attributes by name.
 
     Also as two statements, one after the other: `h = self.a(...)` and `h = self.b(h)`.
     """
-    trees = _trees(cls)
+    classes = _trees(holder)
+    # What torch's own transformer layers read by other ways than names is not what they call.
+    if any(_hides_reads(tree) for cls, tree in classes.items() if not cls.__module__.startswith("torch.")):
+        return {}
+    trees = list(classes.values())
     found = dict(pair for tree in trees for pair in _pairs(tree))
     counts = _mentions(trees)
-    return {a: b for a, b in found.items() if counts[a] == counts[b] == 1}
+    kept = {name for tree in trees for name in _kept(tree)}
+    return {a: b for a, b in found.items() if counts[a] == counts[b] == 1 and a not in kept}
 
 
-@functools.cache
-def siblings(cls: type[nn.Module]) -> list[list[str]]:
-    """`a`, `b`, ... for calls `self.a(h)`, `self.b(h)`, ... that run one after the other, on an h that nothing changes
-    meanwhile, in a class whose methods name them nowhere else. In the order of the calls.
+def siblings(holder: nn.Module) -> list[list[str]]:
+    """`a`, `b`, ... for calls `self.a(h)`, `self.b(h)`, ... of statements that follow each other, in a module whose
+    class names them nowhere else. In the order of the calls.
     """
-    trees = _trees(cls)
+    trees = list(_trees(holder).values())
     counts = _mentions(trees)
     groups = [[a for a in group if counts[a] == 1] for tree in trees for group in _siblings(tree)]
     return [group for group in groups if len(group) > 1]
@@ -48,35 +56,85 @@ def _mentions(trees: list[ast.ClassDef]) -> Counter[str]:
     return Counter(name for tree in trees for name in _names(tree))
 
 
-def _trees(cls: type[nn.Module]) -> list[ast.ClassDef]:
-    """The class and its bases up to nn.Module, without overridden methods; none where one cannot be read."""
-    trees: list[ast.ClassDef] = []
+def _trees(holder: nn.Module) -> dict[type, ast.ClassDef]:
+    """Of the module's class and its bases, without overridden methods; none where what runs is not what can be read."""
+    trees: dict[type, ast.ClassDef] = {}
     overridden: set[str] = set()
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        if base.__module__ in ("abc", "typing"):
+    if "forward" in holder.__dict__ or any(map(_reads_modules, holder.__dict__.values())):
+        return {}  # put there on the instance
+    for base in type(holder).__mro__:
+        if base in (nn.Module, object) or base.__module__ in ("abc", "typing"):
             continue
-        try:
-            lines, first = inspect.getsourcelines(base)
-            (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
-            assert isinstance(tree, ast.ClassDef)
-        except (OSError, TypeError, SyntaxError):  # made at run time, or nowhere to be read
-            return []
-        forward = base.__dict__.get("forward")
-        if forward is not None and not _written_in(inspect.unwrap(forward), base, first, len(lines)):
-            return []
-        if not any(isinstance(n, ast.Name) and n.id == "super" for t in trees for n in _run(t)):
+        tree = _tree(base)
+        if tree is None:
+            return {}
+        if not any(isinstance(n, ast.Name) and n.id == "super" for t in trees.values() for n in _run(t)):
             tree.body = [n for n in tree.body if getattr(n, "name", None) not in overridden]
         overridden |= {n.name for n in tree.body if isinstance(n, METHODS)}
-        trees.append(tree)
+        trees[base] = tree
     return trees
 
 
-def _written_in(forward: object, cls: type, first: int, count: int) -> bool:
-    """Whether a function is the one in a class's source, not put there later."""
-    code = getattr(forward, "__code__", None)
-    if code is None or code.co_filename != inspect.getsourcefile(cls):
-        return False
-    return first <= code.co_firstlineno < first + count
+def _tree(cls: type) -> ast.ClassDef | None:
+    """None where it cannot be read, or has functions from elsewhere."""
+    try:
+        lines, first = inspect.getsourcelines(cls)
+        (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
+    except (OSError, TypeError, SyntaxError):  # made at run time, or nowhere to be read
+        return None
+    place, last = inspect.getsourcefile(cls), first + len(lines)
+    for member in cls.__dict__.values():
+        for code in _codes(member):
+            if code.co_filename != place or not first <= code.co_firstlineno < last:
+                return None
+    return tree if isinstance(tree, ast.ClassDef) else None
+
+
+def _codes(member: object) -> Iterator[CodeType]:
+    """Of a function, and of what decorators have put around it, where those are not of packages that are known."""
+    for function in (member, *(getattr(member, name, None) for name in ("fget", "fset", "__func__"))):
+        around = function
+        while isinstance(around, FunctionType):
+            inside = getattr(around, "__wrapped__", None)
+            if inside is None or not _known(around.__code__.co_filename):
+                yield around.__code__
+            around = inside
+
+
+def _known(file: str) -> bool:
+    """Whether its decorators read no attribute of a module by themselves."""
+    found = (sys.modules.get(name) for name in DECORATORS)
+    paths = (module.__file__ or "" for module in found if module is not None)
+    return any(file.startswith(path.removesuffix("__init__.py")) for path in paths if path)
+
+
+def _reads_modules(value: object) -> bool:
+    """Whether it is a function that may read attributes of a module: those of torch do not."""
+    function = value.func if isinstance(value, functools.partial) else value
+    own = isinstance(function, (FunctionType, MethodType))
+    return own and not (getattr(function, "__module__", None) or "").startswith("torch.")
+
+
+def _hides_reads(tree: ast.AST) -> bool:
+    """Whether code hands `self` on, or reads attributes in ways that name none."""
+    named = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    for node in _run(tree):
+        if isinstance(node, ast.Name) and node.id == "self" and id(node) not in named:
+            return True
+        if isinstance(node, ast.Name) and node.id in ("getattr", "vars", "locals", "eval", "exec", "operator"):
+            return True
+        if isinstance(node, ast.Attribute) and (node.attr in UNNAMED or node.attr.startswith("named_")):
+            return True
+    return False
+
+
+def _kept(tree: ast.AST) -> Iterator[str]:
+    """What methods that set up read, other than its weight and bias: to keep it elsewhere, for all that is known."""
+    for method in ast.walk(tree):
+        if isinstance(method, METHODS) and method.name in SETUP:
+            loads = [n for n in ast.walk(method) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+            read = {id(n.value) for n in loads if n.attr in READABLE}
+            yield from (n.attr for n in loads if id(n) not in read)
 
 
 def _run(tree: ast.AST) -> Iterator[ast.AST]:
@@ -158,17 +216,17 @@ def _siblings(tree: ast.AST) -> Iterator[list[str]]:
 
 
 def _runs(block: list[ast.stmt], argument: str) -> Iterator[list[str]]:
-    """Calls on `argument` in statements that do nothing else to it."""
+    """Calls on `argument` in statements that follow each other and do nothing else to it."""
     run: list[str] = []
     for statement in block:
         mentions = [n for n in ast.walk(statement) if isinstance(n, ast.Name) and n.id == argument]
-        reads = [(a, n) for a, h, n in _reads(statement) if h == argument] if isinstance(statement, SIMPLE) else []
-        stored = any(isinstance(n.ctx, ast.Store) for n in mentions)
-        if len(mentions) - len(reads) > stored or (mentions and not reads):
+        reads = [a for a, h, _ in _reads(statement) if h == argument] if isinstance(statement, SIMPLE) else []
+        stored = [n for n in mentions if isinstance(n.ctx, ast.Store)]
+        if not reads or len(mentions) > len(reads) + len(stored):
             yield run
             run = []
             continue
-        run = run + [a for a, _ in reads]
+        run = run + reads
         if stored:
             yield run
             run = []

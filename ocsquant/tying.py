@@ -47,7 +47,8 @@ def _over(first: nn.Module, target: Target, new: nn.Module) -> Quantized | None:
     if isinstance(first, QuantizedLinear) and isinstance(target.source, nn.Embedding):
         return TiedEmbedding(target.source, first) if TiedEmbedding.fits(first) else None
     alike = type(first) is type(new) or (isinstance(first, WeightOnly) and isinstance(new, WeightOnly))
-    if not alike or {**first.settings(), "origin": None} != {**new.settings(), "origin": None}:
+    own = {"origin": None, "nonlinearity": None}  # of each, whatever the weight is
+    if not alike or {**first.settings(), **own} != {**new.settings(), **own}:
         return None
     ours, theirs = _record(new), _record(first)
     names = [name for name in ours.tensors if name != "bias" and ours._buffers[name] is not None]

@@ -209,6 +209,7 @@ CASES = {
             "ignore": {"string": "0", "range": ["nothing"], "regex": ["re:("], "items": [3]},
             "filter_fn": {"range": lambda module, path: "yes"},
             "overrides": {"range": {"nothing": "W8A8"}, "values": {"0": "W9A9"}, "keys": {3: "W8A8"}},
+            "fuse": {"type": Wrong("yes", ArgumentTypeError), "type number": Wrong(1, ArgumentTypeError)},
             "fold_batchnorm": {
                 "type": Wrong("yes", ArgumentTypeError),
                 "type number": Wrong(1, ArgumentTypeError),
@@ -218,6 +219,7 @@ CASES = {
         {
             "calibration.type": "no annotation narrows it: tried by hand",
             "progress.range": "all three values are right",
+            "fuse.range": "what the model makes of a batch is the model's own affair",
             "fold_batchnorm.range": "what the model makes of a batch is the model's own affair",
         },
     ),

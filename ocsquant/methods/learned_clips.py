@@ -81,7 +81,9 @@ class ClippedInput:
         integers, scale, group_size: as of `quantized_product`; offset: of `offset`; bias: float32 [n] or None.
         """
         codes, total = self._levels(x) - 2.0 ** (self.bits - 1), offset if bias is None else offset + bias.double()
-        return quantized_product(codes, x.new_ones(len(x)), integers, scale * self.step, group_size, total.float())
+        step = torch.where(x.isfinite().all(1), 1.0, torch.nan)  # as of every kernel: such a token gives NaN
+        codes = torch.where(step.isnan()[:, None], 0.0, codes)
+        return quantized_product(codes, step, integers, scale * self.step, group_size, total.float())
 
     def operands(
         self, quantized: QuantizedWeight, weight: Tensor, bias: Tensor | None

@@ -10,6 +10,7 @@ EXACT = 2.0**24  # up to here float32 holds every whole number
 VALUES = 2**22  # of the weight that are widened at a time
 
 
+@torch.autocast("cpu", enabled=False)
 def quantized_product(
     codes: Tensor, step: Tensor, integers: Tensor, scale: Tensor, group_size: int, bias: Tensor | None
 ) -> Tensor:

@@ -24,21 +24,27 @@ TRANSFORMERS_ACT = ("GELUActivation", "GELUTanh", "PytorchGELUTanh")
 
 
 def fuses() -> bool:
-    """Whether layers apply their nonlinearity now: with gradients, and in compiled code, modules do it themselves."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    """Whether layers do more than their own product now: not with gradients, nor in code that is traced or compiled."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 def applied(y: Tensor, nonlinearity: str) -> Tensor:
     """`y`, marked as what a layer with that nonlinearity gave."""
-    setattr(y, APPLIED, nonlinearity)
+    setattr(y, APPLIED, (nonlinearity, version(y)))
     return y
+
+
+def version(tensor: Tensor) -> int | None:
+    """Counts what was written into it; tensors made in inference mode have no count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 class FusedNonlinearity(nn.Module):
     """In the place of a nonlinearity: hands on what the quantized layer before it has computed.
 
     With gradients enabled and under torch.compile or torch.export that layer leaves it to this module. Takes and
-    returns a tensor of any shape. Raises ArgumentError where the layer's output was changed on its way here.
+    returns a tensor of any shape. Raises ArgumentError where the layer's output was replaced or (outside
+    torch.inference_mode) written into on its way here.
     """
 
     def __init__(self, nonlinearity: str) -> None:
@@ -46,16 +52,20 @@ class FusedNonlinearity(nn.Module):
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._alone(input)
+        if getattr(input, APPLIED, None) == (self.nonlinearity, version(input)):
+            return input
         if not fuses():
-            return NONLINEARITIES[self.nonlinearity](input) if torch.is_grad_enabled() else self._alone(input)
-        if getattr(input, APPLIED, None) != self.nonlinearity:
-            expected = f"the output of the quantized layer that computes this {self.nonlinearity}, as it left it"
-            got = "another tensor: where something comes between (an adapter, a hook), quantize with fuse=False"
-            raise ArgumentError("input", expected, got)
-        return input
+            return self._alone(input)
+        expected = f"the output of the quantized layer that computes this {self.nonlinearity}, as it left it"
+        got = "another tensor: where something comes between (an adapter, a hook), quantize with fuse=False"
+        raise ArgumentError("input", expected, got)
 
     def _alone(self, input: Tensor) -> Tensor:
-        """With the bits of the layer's own."""
+        """Without gradients with the bits of the layer's own."""
+        if torch.is_grad_enabled() or torch.jit.is_tracing():
+            return NONLINEARITIES[self.nonlinearity](input)
         if input.dtype in (torch.float32, torch.bfloat16):
             return nonlinear(input, self.nonlinearity)
         return nonlinear(input.float(), self.nonlinearity).to(input.dtype)

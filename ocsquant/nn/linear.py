@@ -145,19 +145,18 @@ class QuantizedLinear(Quantized):
                 return QUANTIZED_LINEAR_BARE(input, b["packed"], b["scale"], b["bias"], b["tail_index"], *plain)
         return self._forward(input)
 
-    def _forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor, cast: bool = False) -> Tensor:
         shape = input.shape
         if not shape or shape[-1] != self.in_features:
             raise ArgumentError("input", f"[..., {self.in_features}]", list(shape))
         if input.dtype not in NATIVE:
             if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
-            y = self._forward(input.float())
-            return applied(y.to(input.dtype), kind) if (kind := getattr(y, APPLIED, None)) else y.to(input.dtype)
+            y = self._forward(input.float(), cast=True)
+            return applied(y.to(input.dtype), kind[0]) if (kind := getattr(y, APPLIED, None)) else y.to(input.dtype)
         b: dict[str, Any] = self._buffers
-        a, nonlinearity = self.activations, self.nonlinearity
-        if nonlinearity is not None and not fuses():
-            nonlinearity = None
+        more = (self.nonlinearity is not None or self.shared is not None) and fuses()
+        a, nonlinearity = self.activations, self.nonlinearity if more and not self._forward_hooks else None
         if (inverse := b["input_inverse"]) is None:
             operands = (
                 input,
@@ -172,7 +171,7 @@ class QuantizedLinear(Quantized):
             )
             if input.requires_grad and torch.is_grad_enabled():
                 return ops.quantized_linear(*operands, self.weight_bits, b["zero"], b["levels"])
-            if self.shared is not None and fuses() and (found := self.shared.output(self, input)) is not None:
+            if more and self.shared is not None and not cast and (found := self.shared.output(self, input)) is not None:
                 return found
             # Past the operator's Python face, which costs as much as a small product.
             if nonlinearity is not None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ocsquant.nn.fused import applied
+from ocsquant.nn.fused import applied, version
 from ocsquant.ops.linear import QUANTIZED_LINEARS
 
-WAITING = "_ocsquant_waiting"  # of an input: what layers have made of it that were not called yet, and its version then
+WAITING = "_ocsquant_waiting"  # of an input: by layer, its output and what it was made of
 
 
 def form(layer: Any) -> tuple[object, ...] | None:
@@ -23,24 +23,26 @@ def form(layer: Any) -> tuple[object, ...] | None:
 class SharedInput:
     """Its layers, in the order they are called in: the first computes for all, the others find their output.
 
-    That waits at the input tensor itself, and is only ever what the layer would have computed: for whatever else a
+    That waits at the input tensor itself, with what tells that neither this nor the layer was written into since; a
+    tensor made in inference mode cannot tell, which leaves it to the code that calls the layers. For whatever else a
     layer is called with, it computes alone.
     """
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
 
-    def output(self, layer: nn.Module, input: Tensor) -> Tensor | None:
+    def output(self, layer: Any, input: Tensor) -> Tensor | None:
         """The output of one of the layers; None: it is to compute it."""
         waiting = getattr(input, WAITING, None)
-        if waiting is not None and (y := waiting[1].pop(id(layer), None)) is not None and waiting[0] == _version(input):
-            return y
+        if waiting is not None and (found := waiting.pop(id(layer), None)) is not None:
+            y, state = found
+            return y if state == _state(layer, input) else None
         if layer is not self.layers[0]:
             return None
-        outputs = self._compute(input)
-        rest = zip(self.layers[1:], outputs[1:], strict=True)
-        setattr(input, WAITING, (_version(input), {id(other): y for other, y in rest}))
-        return outputs[0]
+        first, *rest = self._compute(input)
+        others = zip(self.layers[1:], rest, strict=True)
+        setattr(input, WAITING, {id(other): (y, _state(other, input)) for other, y in others})
+        return first
 
     def _compute(self, input: Tensor) -> list[Tensor]:
         buffers = [layer._buffers for layer in self.layers]
@@ -54,6 +56,7 @@ class SharedInput:
         return [y if kind is None else applied(y, kind) for y, kind in zip(outputs, kinds, strict=True)]
 
 
-def _version(input: Tensor) -> int | None:
-    """Counts what was written into it; tensors made in inference mode have no count."""
-    return None if input.is_inference() else input._version
+def _state(layer: Any, input: Tensor) -> tuple[Any, ...]:
+    packed, scale, bias = (layer._buffers[name] for name in ("packed", "scale", "bias"))
+    parts = (input, packed, scale, *(() if bias is None else (bias,)))
+    return tuple((t.data_ptr(), version(t)) for t in parts)

@@ -60,7 +60,7 @@ class SimulatedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         flat = input.reshape(-1, input.shape[-1]).float()
         wanted = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        if wanted or torch.compiler.is_compiling() or not torch.equal(self.weight, self._on_grid()):
+        if wanted or torch.compiler.is_compiling() or input.is_meta or not torch.equal(self.weight, self._on_grid()):
             return F.linear(self._rounded(flat).reshape(input.shape).to(input.dtype), self.weight, self.bias)
         return self._product(flat).reshape(*input.shape[:-1], self.out_features).to(input.dtype)
 

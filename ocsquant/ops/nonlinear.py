@@ -25,7 +25,8 @@ _nonlinear = compiled.nonlinear.default
 
 
 def nonlinear(x: Tensor, nonlinearity: str) -> Tensor:
-    """A nonlinearity of every value, with the bits that `quantized_linear` with this `nonlinearity` gives.
+    """A nonlinearity of every value, with the bits that `quantized_linear` with this `nonlinearity` makes of its
+    float32 sums.
 
     Args:
         x: float32 or bfloat16 of any shape.
