@@ -60,7 +60,7 @@ def layers() -> dict[str, Any]:
 
 def folded(linear: nn.Linear, inputs: Activations) -> QuantizedLinear:
     """Whether the plan would choose it for these inputs or not."""
-    x, w = tokens(256), linear.weight.detach()
+    x, w = tokens(4096), linear.weight.detach()
     transform = input_transform(x.amin(0), x.amax(0), w, inputs.bits, inputs.scale, inputs.smooth_alpha, inputs.shift)
     weight = quantize_weight(transform.fold(w), 8)
     return QuantizedLinear.from_weight(weight, linear.bias, inputs, transform, w)

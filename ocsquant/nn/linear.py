@@ -24,6 +24,7 @@ from ocsquant.ops.linear import (
     QUANTIZED_LINEAR_NARROW,
     QUANTIZED_LINEAR_NONLINEAR,
     SCALE_FOLDED_LINEAR,
+    SCALE_FOLDED_LINEAR_BARE,
 )
 
 FLOAT32, is_compiling = torch.float32, torch.compiler.is_compiling
@@ -58,7 +59,9 @@ class QuantizedLinear(Quantized):
     zero: Tensor | None
     levels: Tensor | None
     shared: SharedInput | None
-    plain: tuple[int, int, float, int] | None  # the operator's last arguments, where it is the plainest one
+    # The operator's last arguments, where those are all that it needs.
+    plain: tuple[int, int, float, int] | None
+    folded: tuple[int, bool, int, float, bool] | None
 
     def __init__(
         self,
@@ -82,9 +85,13 @@ class QuantizedLinear(Quantized):
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size, self.weight_bits = group_size, weight_bits
         self.activations, self.nonlinearity = activations, nonlinearity
-        plain = weight_bits == BYTE and input_inverse is None and nonlinearity is None
         a, self.shared = activations, None
-        self.plain = (a.bits, a.max_outliers, a.outlier_threshold, group_size) if plain else None
+        self.plain = self.folded = None
+        if weight_bits == BYTE and nonlinearity is None:
+            if input_inverse is None:
+                self.plain = (a.bits, a.max_outliers, a.outlier_threshold, group_size)
+            else:
+                self.folded = (a.bits, a.scale == "token", a.max_outliers, a.outlier_threshold, a.symmetric)
         buffers = (packed, scale, bias, tail_index, input_inverse, input_shift, zero, levels)
         # torch.export counts past the buffers that are None: those come last.
         for name, buffer in sorted(zip(self.tensors, buffers, strict=True), key=lambda pair: pair[1] is None):
@@ -137,12 +144,15 @@ class QuantizedLinear(Quantized):
 
     def forward(self, input: Tensor) -> Tensor:
         # The price of a call is that of nn.Linear's: every attribute and check counts.
-        plain = self.plain
+        plain = self.plain or self.folded
         if plain is not None and input.dtype is FLOAT32 and not (input.requires_grad or is_compiling()):
             shape = input.shape
             if shape and shape[-1] == self.in_features:
                 b: dict[str, Any] = self._buffers
-                return QUANTIZED_LINEAR_BARE(input, b["packed"], b["scale"], b["bias"], b["tail_index"], *plain)
+                if self.plain is not None:
+                    return QUANTIZED_LINEAR_BARE(input, b["packed"], b["scale"], b["bias"], b["tail_index"], *plain)
+                scaled = (b["scale"], b["input_inverse"], b["input_shift"], b["bias"], b["tail_index"])
+                return SCALE_FOLDED_LINEAR_BARE(input, b["packed"], *scaled, *plain)
         return self._forward(input)
 
     def _forward(self, input: Tensor, cast: bool = False) -> Tensor:

@@ -15,11 +15,12 @@ from ocsquant.ops.weights import dequantize_packed
 QUANTIZED_LINEAR = compiled.quantized_linear.default
 # What an overload's __call__ calls; not for code that is being compiled, where the overload itself is what is known.
 QUANTIZED_LINEAR_BARE = QUANTIZED_LINEAR._op
+SCALE_FOLDED_LINEAR = compiled.scale_folded_linear.default
+SCALE_FOLDED_LINEAR_BARE = SCALE_FOLDED_LINEAR._op
 QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
 QUANTIZED_LINEARS = compiled.quantized_linears.default
 _quantized_linear_train = compiled.quantized_linear_train.default
-SCALE_FOLDED_LINEAR = compiled.scale_folded_linear.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
 BYTE = 8  # bits
 
