@@ -30,6 +30,7 @@ def recipes(bits: int) -> dict[str, Recipe]:
     return {
         "per token, plain": Recipe(weights, PerToken(bits, max_outliers=0)),
         "per token, run-time OCS": Recipe(weights, PerToken(bits)),
+        "per token, run-time OCS, 32 values from twice the root mean square": Recipe(weights, PerToken(bits, 32, 2.0)),
         "per tensor static": Recipe(weights, PerTensorStatic(bits)),
         "SmoothQuant .5, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.5)),
         "SmoothQuant .8, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.8)),
@@ -45,8 +46,22 @@ def recipes(bits: int) -> dict[str, Recipe]:
     }
 
 
+def rounded(bits: int) -> dict[str, Recipe]:
+    """With weights that GPTQ rounds, after a clip by the outputs' error."""
+    weights = Weights(bits, clip="output", rounding="gptq")
+    return {
+        "run-time OCS, GPTQ": Recipe(weights, PerToken(bits)),
+        "SmoothQuant .5, run-time OCS of 32, GPTQ": Recipe(weights, Activations(bits, 32, 2.0, smooth_alpha=0.5)),
+    }
+
+
 def table(
-    network: str, model: nn.Module, statistics: ocsquant.Statistics, score: Callable[[nn.Module], str], short: bool
+    network: str,
+    model: nn.Module,
+    statistics: ocsquant.Statistics,
+    score: Callable[[nn.Module], str],
+    short: bool,
+    batches: list[torch.Tensor],
 ) -> Iterator[Row]:
     for bits in (8, 6):
         for name, recipe in recipes(bits).items():
@@ -60,6 +75,9 @@ def table(
             yield Row(network, f"W{bits}A{bits} {name}", score(made), f"{folded} folded")
         if short:
             continue
+        for name, recipe in rounded(bits).items() if bits < 8 and batches else ():
+            made = ocsquant.quantize(copy.deepcopy(model), recipe, calibration=batches, filter_fn=networks.no_embedding)
+            yield Row(network, f"W{bits}A{bits} {name}", score(made))
         for outliers, name in ((0, "per token"), (16, "run-time OCS")):
             recipe = Recipe(Weights(bits), PerToken(bits, max_outliers=outliers))
             turned = baselines.rotated(copy.deepcopy(model))
@@ -87,7 +105,7 @@ def minilm(short: bool) -> Iterator[Row]:
         cosine, same = networks.agreement(networks.embed(made, tokenizer, others), reference)
         return f"cosine {cosine:.5f}, neighbour {100 * same:.1f} %"
 
-    yield from table(f"MiniLM, {len(others)} sentences", model, statistics, score, short)
+    yield from table(f"MiniLM, {len(others)} sentences", model, statistics, score, short, [])
 
 
 def smollm2(short: bool) -> Iterator[Row]:
@@ -107,7 +125,7 @@ def smollm2(short: bool) -> Iterator[Row]:
         value = networks.perplexity(made, windows)
         return f"perplexity {value:.3f} ({more(fp32, value):+.1f} %)"
 
-    yield from table(name, model, statistics, score, short)
+    yield from table(name, model, statistics, score, short, [window[None] for window in seen])
 
 
 def main() -> None:

@@ -36,7 +36,8 @@ struct Simd {
   static I zero_i() { return 0; }
   static I set1_i(int32_t v) { return v; }
   static I load_i(const int32_t* p) { return *p; }
-  static I sub_i(I a, I b) { return a - b; }
+  // Modulo 2^32, as the vector types have it.
+  static I sub_i(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static F to_float(I v) { return static_cast<float>(v); }
   static I abs_bits(F v) {
     int32_t bits;
