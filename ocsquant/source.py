@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import functools
 import inspect
 import sys
@@ -76,18 +77,21 @@ def _trees(holder: nn.Module) -> dict[type, ast.ClassDef]:
 
 
 def _tree(cls: type) -> ast.ClassDef | None:
-    """None where it cannot be read, or has functions from elsewhere."""
+    """The caller's own copy; None where it cannot be read, or has functions from elsewhere."""
+    tree = _parsed(cls, tuple(code for member in cls.__dict__.values() for code in _codes(member)))
+    return copy.copy(tree)
+
+
+@functools.lru_cache(maxsize=256)
+def _parsed(cls: type, codes: tuple[CodeType, ...]) -> ast.ClassDef | None:
     try:
         lines, first = inspect.getsourcelines(cls)
         (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
     except (OSError, TypeError, SyntaxError):  # made at run time, or nowhere to be read
         return None
-    place, last = inspect.getsourcefile(cls), first + len(lines)
-    for member in cls.__dict__.values():
-        for code in _codes(member):
-            if code.co_filename != place or not first <= code.co_firstlineno < last:
-                return None
-    return tree if isinstance(tree, ast.ClassDef) else None
+    place, end = inspect.getsourcefile(cls), first + len(lines)
+    inside = all(code.co_filename == place and first <= code.co_firstlineno < end for code in codes)
+    return tree if inside and isinstance(tree, ast.ClassDef) else None
 
 
 def _codes(member: object) -> Iterator[CodeType]:

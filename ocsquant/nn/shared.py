@@ -48,7 +48,7 @@ class SharedInput:
         buffers = [layer._buffers for layer in self.layers]
         columns = [[b[name] for b in buffers] for name in ("packed", "scale", "bias", "zero", "levels")]
         packed, scale, bias, zero, levels = columns
-        kinds = [layer.nonlinearity for layer in self.layers]
+        kinds = [None if layer._forward_hooks else layer.nonlinearity for layer in self.layers]
         first = self.layers[0]
         a, stored = first.activations, (first.group_size, first.weight_bits, zero, levels)
         quantizer = (a.bits, a.max_outliers, a.outlier_threshold)
