@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,25 +18,18 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ocsquant.errors import ArgumentError, ArgumentTypeError
-from ocsquant.inputs import run_batches
+from ocsquant.errors import ArgumentError
+from ocsquant.inputs import change_of, output_of
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.reporting import Layer
 from ocsquant.transaction import FOLDED, Change, become, hooked, inherit
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-BATCH = (Tensor, tuple, list, Mapping)
 TOLERANCE = 0.02  # of an output's norm: bfloat16 keeps 8 bits, a wrong fold is far beyond
 
 
 class FoldedBatchNorm(nn.Identity):
     """In the place of a BatchNorm that the convolution before it has taken over."""
-
-
-def check_fold(value: Any) -> None:
-    if not isinstance(value, (bool, *BATCH)):
-        expected = "True, False or a batch to run the model on: a tensor, a tuple or list, or a mapping"
-        raise ArgumentTypeError("fold_batchnorm", expected, repr(value))
 
 
 def fold_batchnorms(model: nn.Module, how: Any) -> tuple[list[Change], dict[int, nn.Module], list[Layer]]:
@@ -146,7 +139,7 @@ class _Run:
                 stack.callback(module.register_forward_pre_hook(self._before).remove)
                 stack.callback(module.register_forward_hook(self._after, always_call=True).remove)
             stack.enter_context(self.readers)
-            self.output = self._outputs()
+            self.output = output_of(model, batch)
 
     def _before(self, module: nn.Module, args: Any) -> None:
         self.readers.running.append(module)
@@ -161,16 +154,6 @@ class _Run:
             # Held until the end, so that no other tensor comes to lie at its address.
             known.output, known.readers = output, set()
             self.readers.of[at] = known.readers
-
-    def _outputs(self) -> Any:
-        given: list[Any] = []
-        with torch.random.fork_rng(devices=[]):
-            handle = self.model.register_forward_hook(lambda module, args, output: given.append(output))
-            try:
-                run_batches(self.model, [self.batch])
-            finally:
-                handle.remove()
-        return given[-1]
 
     def pairs(self) -> Iterator[tuple[Any, Any]]:
         """Where the BatchNorm, and nothing beside it, reads what the convolution gave; both were called once."""
@@ -198,13 +181,11 @@ class _Run:
             for do, _ in changes:
                 do()
             try:
-                output = self._outputs()
+                output = output_of(self.model, self.batch)
             except (AttributeError, RuntimeError, TypeError) as error:
                 expected = "a model that runs without its BatchNorms"
                 raise ArgumentError("fold_batchnorm", expected, f"{error!r}") from error
-        for exact, got in zip(tree_leaves(self.output), tree_leaves(output), strict=True):
-            if isinstance(exact, Tensor) and exact.is_floating_point():
-                change = float((got - exact).norm() / exact.norm().clamp(min=1e-20))
-                if not change <= TOLERANCE:
-                    expected = "a model whose BatchNorms alone read what their convolutions give"
-                    raise ArgumentError("fold_batchnorm", expected, f"one whose output changes by {change:.2g}")
+        change = change_of(self.output, output)
+        if not change <= TOLERANCE:
+            expected = "a model whose BatchNorms alone read what their convolutions give"
+            raise ArgumentError("fold_batchnorm", expected, f"one whose output changes by {change:.2g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
 
-from ocsquant.errors import ArgumentError
+from ocsquant.errors import ArgumentError, ArgumentTypeError
 from ocsquant.layers import CONVOLUTIONS, RECURRENT, kind_of
 
 PATCHES = 1 << 22  # values of a convolution's patches written out at a time
@@ -66,6 +68,31 @@ def run_batches(model: nn.Module, batches: Iterable[Any]) -> None:
             model(*args, **kwargs)
     if count == 0:
         raise ArgumentError("calibration", "an iterable of at least one batch", "an empty one")
+
+
+def output_of(model: nn.Module, batch: Any) -> Any:
+    """What the model gives for one batch in evaluation mode; the random numbers it draws are the same every time."""
+    args, kwargs = arguments(batch)
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        return model(*args, **kwargs)
+
+
+def change_of(exact: Any, got: Any) -> float:
+    """Of two outputs, the largest change of a floating-point tensor over its norm; inf where one has another shape."""
+    changes = [0.0]
+    for one, other in zip(tree_leaves(exact), tree_leaves(got), strict=True):
+        if isinstance(one, Tensor) and one.is_floating_point():
+            alike = isinstance(other, Tensor) and other.shape == one.shape
+            size = one.detach().norm().clamp(min=1e-20)
+            changes.append(float((other - one).detach().norm() / size) if alike else math.inf)
+    return math.nan if any(map(math.isnan, changes)) else max(changes)
+
+
+def check_batch_or_bool(arg: str, value: Any) -> None:
+    """Raise ArgumentTypeError for anything but True, False and what a model can be run on."""
+    if not isinstance(value, (bool, Tensor, tuple, list, Mapping)):
+        expected = "True, False or a batch to run the model on: a tensor, a tuple or list, or a mapping"
+        raise ArgumentTypeError(arg, expected, repr(value))
 
 
 @contextlib.contextmanager

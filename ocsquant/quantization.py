@@ -11,10 +11,11 @@ from torch import nn
 from ocsquant import reporting
 from ocsquant.building import build
 from ocsquant.config import Recipe, check_type
-from ocsquant.folding import check_fold, fold_batchnorms
-from ocsquant.fusing import check_fuse, check_fused, fuse_nonlinearities, share_inputs
+from ocsquant.folding import fold_batchnorms
+from ocsquant.fusing import check_fused, fuse_nonlinearities, share_inputs
 from ocsquant.hessians import attach_moments, repeatable, with_hessians
 from ocsquant.input_scales import fix_input_scales
+from ocsquant.inputs import check_batch_or_bool
 from ocsquant.observers import statistics_of
 from ocsquant.planning import Target, make_plan, merge_request
 from ocsquant.progress import bar_of, layer_bar
@@ -76,8 +77,8 @@ def quantize(
     """
     check_type("model", model, nn.Module, "a torch.nn.Module")
     check_type("simulate", simulate, bool, "True or False")
-    check_fold(fold_batchnorm)
-    check_fuse(fuse)
+    check_batch_or_bool("fold_batchnorm", fold_batchnorm)
+    check_batch_or_bool("fuse", fuse)
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
     seen = None

@@ -182,10 +182,8 @@ def _pairs(tree: ast.AST) -> Iterator[tuple[str, str]]:
         b = _called(node)
         if b is not None and (inner := _alone(node)) is not None and (a := _called(inner)) is not None:
             yield a, b
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list):
-                yield from _in_turn(block)
+    for block in _blocks(tree):
+        yield from _in_turn(block)
 
 
 def _in_turn(block: list[ast.stmt]) -> Iterator[tuple[str, str]]:
@@ -211,12 +209,16 @@ def _assigned(statement: ast.stmt) -> tuple[str, str, ast.Call] | None:
 
 
 def _siblings(tree: ast.AST) -> Iterator[list[str]]:
+    for block in _blocks(tree):
+        for argument in {a for s in block if isinstance(s, SIMPLE) for _, a, _ in _reads(s)}:
+            yield from _runs(block, argument)
+
+
+def _blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Statements that follow each other."""
     for node in _run(tree):
-        for name in ("body", "orelse", "finalbody"):
-            block = getattr(node, name, None)
-            if isinstance(block, list):
-                for argument in {a for s in block if isinstance(s, SIMPLE) for _, a, _ in _reads(s)}:
-                    yield from _runs(block, argument)
+        found = (getattr(node, name, None) for name in ("body", "orelse", "finalbody"))
+        yield from (block for block in found if isinstance(block, list))
 
 
 def _runs(block: list[ast.stmt], argument: str) -> Iterator[list[str]]:

@@ -163,7 +163,8 @@ class QuantizedLinear(Quantized):
             if input.dtype not in FLOATS:
                 raise ArgumentError("input", "float32, bfloat16, float16 or float64", input.dtype)
             y = self._forward(input.float(), cast=True)
-            return applied(y.to(input.dtype), kind[0]) if (kind := getattr(y, APPLIED, None)) else y.to(input.dtype)
+            made, kind = y.to(input.dtype), getattr(y, APPLIED, None)
+            return made if kind is None else applied(made, kind[0])
         b: dict[str, Any] = self._buffers
         more = (self.nonlinearity is not None or self.shared is not None) and fuses()
         a, nonlinearity = self.activations, self.nonlinearity if more and not self._forward_hooks else None
