@@ -22,7 +22,7 @@ from ocsquant.errors import ArgumentError
 from ocsquant.inputs import change_of, output_of
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.reporting import Layer
-from ocsquant.transaction import FOLDED, Change, become, hooked, inherit
+from ocsquant.transaction import FOLDED, Change, become, hooked, inherit, temporarily
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TOLERANCE = 0.02  # of an output's norm: bfloat16 keeps 8 bits, a wrong fold is far beyond
@@ -173,18 +173,11 @@ class _Run:
 
     def check(self, changes: list[Change]) -> None:
         """Run the model with the changes, which are taken back in any case."""
-        with ExitStack() as stack:
-            for _, back in changes:
-                # Twice: the other time holds where one is interrupted.
-                stack.callback(back)
-                stack.callback(back)
-            for do, _ in changes:
-                do()
-            try:
-                output = output_of(self.model, self.batch)
-            except (AttributeError, RuntimeError, TypeError) as error:
-                expected = "a model that runs without its BatchNorms"
-                raise ArgumentError("fold_batchnorm", expected, f"{error!r}") from error
+        try:
+            output = temporarily(changes, lambda: output_of(self.model, self.batch))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            expected = "a model that runs without its BatchNorms"
+            raise ArgumentError("fold_batchnorm", expected, f"{error!r}") from error
         change = change_of(self.output, output)
         if not change <= TOLERANCE:
             expected = "a model whose BatchNorms alone read what their convolutions give"
