@@ -46,7 +46,11 @@ def scored(subject: Subject, what: str, recipe: Recipe, calibration: Iterable[An
     made = ocsquant.quantize(
         copy.deepcopy(subject.model), recipe, calibration=calibration, filter_fn=networks.no_embedding, **how
     )
-    value, distance, error = subject.score(made)
+    return score(subject, what, made)
+
+
+def score(subject: Subject, what: str, model: nn.Module) -> Row:
+    value, distance, error = subject.score(model)
     return Row(subject.name, what, f"{value:.4f} ({distance:+.4f} +- {error:.4f})")
 
 
@@ -91,18 +95,13 @@ def split_parts(subject: Subject, short: bool) -> Iterator[Row]:
 
 def input_parts(subject: Subject, short: bool) -> Iterator[Row]:
     """SplitQuant's split of activations, on and off; weights stay float. Its neighbours have a step per token."""
-
-    def row(what: str, model: nn.Module) -> Row:
-        value, distance, error = subject.score(model)
-        return Row(subject.name, what, f"{value:.4f} ({distance:+.4f} +- {error:.4f})")
-
     for bits in (8,) if short else (8, 6):
         for parts in (1, 3):
             made = baselines.with_inputs(copy.deepcopy(subject.model), baselines.channel_parts(bits, parts))
-            yield row(f"A{bits}, a range for each batch, {parts} parts of channels", made)
+            yield score(subject, f"A{bits}, a range for each batch, {parts} parts of channels", made)
         for outliers in (0, 16):
             made = baselines.with_inputs(copy.deepcopy(subject.model), per_token(bits, outliers))
-            yield row(f"A{bits}, a step per token, {outliers} outliers split", made)
+            yield score(subject, f"A{bits}, a step per token, {outliers} outliers split", made)
 
 
 def per_token(bits: int, outliers: int) -> Callable[[Tensor], Tensor]:
@@ -119,9 +118,7 @@ def oracle(subject: Subject, short: bool) -> Iterator[Row]:
     for bits in (8,) if short else (8, 6):
         for ratio in (0.0, 0.05) if short else (0.0, 0.02, 0.05, 0.1):
             made = baselines.with_inputs(copy.deepcopy(subject.model), baselines.oracle_ocs(bits, ratio))
-            value, distance, error = subject.score(made)
-            shown = f"{value:.4f} ({distance:+.4f} +- {error:.4f})"
-            yield Row(subject.name, f"A{bits}, the batch's own largest channels, r = {ratio:g}", shown)
+            yield score(subject, f"A{bits}, the batch's own largest channels, r = {ratio:g}", made)
         for ratio in (0.05,) if short else (0.02, 0.05, 0.1):
             for select in ("max", "gain"):
                 inputs = Activations(

@@ -77,6 +77,21 @@ struct CodesOut {
   OCSQ_INLINE void zeros(int64_t k) { std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t)); }
 };
 
+// 64 codes from position j on, code(at) those of a vector; returns how many lie beyond +-limit, where some may.
+template <bool kOutliers, class Out, class Code>
+OCSQ_INLINE int64_t put_block(Out& out, int64_t j, int limit, const Code& code) {
+  int64_t beyond = 0;
+  for (int v = 0; v < kVectors; v += 2) {
+    const Simd::I a = code(v * Simd::W);
+    const Simd::Codes both = Simd::pack_codes(a, code((v + 1) * Simd::W));
+    uint32_t which = 0;
+    if constexpr (kOutliers) which = Simd::beyond(both, limit);
+    beyond += __builtin_popcount(which) / Simd::kCodeBits;
+    out.put(j + v * Simd::W, both, which);
+  }
+  return beyond;
+}
+
 // kOutliers: some codes may be beyond +-limit, and are counted.
 template <bool kOutliers, class Out>
 struct RowCodes {
@@ -87,15 +102,9 @@ struct RowCodes {
   OCSQ_INLINE RowCodes(const Out& to, float step, int bound)
       : out(to), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
-    for (int v = 0; v < kVectors; v += 2) {
-      const Simd::I a = Simd::round_to_int(Simd::mul(Simd::load(p + v * Simd::W), inverse));
-      const Simd::I b = Simd::round_to_int(Simd::mul(Simd::load(p + (v + 1) * Simd::W), inverse));
-      const Simd::Codes both = Simd::pack_codes(a, b);
-      uint32_t which = 0;
-      if constexpr (kOutliers) which = Simd::beyond(both, limit);
-      beyond += __builtin_popcount(which) / Simd::kCodeBits;
-      out.put(j + v * Simd::W, both, which);
-    }
+    beyond += put_block<kOutliers>(out, j, limit, [&](int64_t at) __attribute__((always_inline)) {
+      return Simd::round_to_int(Simd::mul(Simd::load(p + at), inverse));
+    });
   }
 };
 
@@ -265,14 +274,8 @@ struct RowFixedCodes {
   }
   template <class Load>
   OCSQ_INLINE void block(int64_t j, const Load& load) {
-    for (int v = 0; v < kVectors; v += 2) {
-      const Simd::I a = code(load(v * Simd::W));
-      const Simd::Codes both = Simd::pack_codes(a, code(load((v + 1) * Simd::W)));
-      uint32_t which = 0;
-      if constexpr (kOutliers) which = Simd::beyond(both, limit);
-      beyond += __builtin_popcount(which) / Simd::kCodeBits;
-      out.put(j + v * Simd::W, both, which);
-    }
+    beyond +=
+        put_block<kOutliers>(out, j, limit, [&](int64_t at) __attribute__((always_inline)) { return code(load(at)); });
   }
   OCSQ_INLINE void row(const float* x, int64_t k, const TokenQuantizer& how) {
     const int64_t whole = k / kLanes * kLanes;
