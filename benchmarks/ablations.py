@@ -142,6 +142,11 @@ def split_choice(subject: Subject, short: bool) -> Iterator[Row]:
         for ratio in (0.05,) if short else (0.02, 0.05, 0.1):
             weights = Weights(5, "tensor", clip="mse", split=OCS(ratio, **choice))
             yield scored(subject, f"W5 per tensor, r = {ratio:g}, {what}", Recipe(weights, None), simulate=True)
+    for select in ("max", "gain"):
+        for ratio in (0.05,) if short else (0.02, 0.05, 0.1):
+            weights = Weights(5, "tensor", clip="output", split=OCS(ratio, select=select))
+            what = f"W5 per tensor, r = {ratio:g}, equal shares by {select}, clip output"
+            yield scored(subject, what, Recipe(weights, None), list(subject.calibration), simulate=True)
     yield scored(subject, "W5 per channel", Recipe(Weights(5), None), simulate=True)
     yield scored(subject, "W6 per tensor, clip mse", Recipe(Weights(6, "tensor", clip="mse"), None), simulate=True)
 

@@ -1,6 +1,7 @@
 """Every accuracy table with one command: runs accuracy.py, images.py, low_bits.py, calibrated.py, classifiers.py,
 ablations.py, search.py and qat.py.
 
+Each is a process on one thread, as many at once as there are cores; what it prints goes to benchmarks/results/NAME.log.
 A table that this tree has finished already is not run again, so an interrupted run goes on where it stopped; --again
 begins anew. At the end benchmarks/results/report.md and report.json hold all tables, with the time each took. What a
 table needs and does not find (a network, a text, Pillow) it says itself and leaves out.
@@ -11,15 +12,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TABLES = ("accuracy", "images", "low_bits", "calibrated", "classifiers", "ablations", "search", "qat")
+LONGEST_FIRST = ("ablations", "calibrated", "qat", "low_bits", "images", "search", "classifiers", "accuracy")
 
 
 def tree() -> str:
@@ -33,22 +37,37 @@ def tree() -> str:
 
 
 def run(table: str, short: bool) -> dict[str, Any]:
-    """One script, its output shown as it comes; what it wrote is kept beside the record."""
-    print(f"\n== {table}", flush=True)
-    begin = time.monotonic()
-    code = subprocess.run(
-        [sys.executable, str(HERE / f"{table}.py"), *(["--short"] if short else [])], check=False
-    ).returncode
-    minutes = (time.monotonic() - begin) / 60
+    """One script, beside others; what it wrote is kept beside the record."""
+    print(f"{table}: begun", flush=True)
+    begin, since = time.monotonic(), time.time()
+    log = RESULTS / f"{table}.log"
+    with log.open("w") as printed:
+        command = [sys.executable, "-u", str(HERE / f"{table}.py"), *(["--short"] if short else [])]
+        code = subprocess.run(command, check=False, stdout=printed, stderr=subprocess.STDOUT).returncode
     if code != 0:
-        raise SystemExit(f"{table}.py ended with {code}; run this again to go on from here")
+        raise RuntimeError(f"{table}.py ended with {code}, see {log}; run this again to go on from here")
     written = {kind: RESULTS / f"{table}.{kind}" for kind in ("md", "json")}
-    fresh = all(p.exists() and time.time() - p.stat().st_mtime < 60 * (minutes + 1) for p in written.values())
+    fresh = all(path.exists() and path.stat().st_mtime >= since for path in written.values())
     return {
-        "minutes": minutes,
+        "minutes": (time.monotonic() - begin) / 60,
         "markdown": written["md"].read_text() if fresh else f"# {table}\n\nleft out: what it needs is not here\n",
         "data": json.loads(written["json"].read_text()) if fresh else None,
     }
+
+
+def run_all(tables: list[str], short: bool, jobs: int, done: dict[str, Any], record: Path) -> None:
+    """`jobs` of the tables at once; each is recorded when it ends. The first failure is raised when all have ended."""
+    with ThreadPoolExecutor(jobs) as pool:
+        running = {pool.submit(run, table, short): table for table in tables}
+        for job in as_completed(running):
+            if job.exception() is not None:
+                print(job.exception(), flush=True)
+                continue
+            done["tables"][running[job]] = job.result()
+            print(f"{running[job]}: finished in {job.result()['minutes']:.1f} minutes", flush=True)
+            record.write_text(json.dumps(done))
+        for job in running:
+            job.result()
 
 
 def main() -> None:
@@ -56,6 +75,7 @@ def main() -> None:
     options.add_argument("--short", action="store_true", help="fewer rows and less text: a smoke run, not a result")
     options.add_argument("--again", action="store_true", help="run what is finished, too")
     options.add_argument("--only", choices=TABLES, action="append", help="only this table; may be given again")
+    options.add_argument("--jobs", type=int, default=os.cpu_count(), help="tables at once (default: one for each core)")
     args = options.parse_args()
     RESULTS.mkdir(exist_ok=True)
     record = RESULTS / ("tables_short.json" if args.short else "tables.json")
@@ -63,18 +83,18 @@ def main() -> None:
     if record.exists() and not args.again:
         before = json.loads(record.read_text())
         done = before if before["tree"] == done["tree"] else done
-    for table in args.only or TABLES:
+    wanted = [table for table in LONGEST_FIRST if table in (args.only or TABLES)]
+    for table in wanted:
         if table in done["tables"]:
             print(f"{table}: finished already in {done['tables'][table]['minutes']:.1f} minutes")
-            continue
-        done["tables"][table] = run(table, args.short)
-        record.write_text(json.dumps(done))
+    begin = time.monotonic()
+    run_all([table for table in wanted if table not in done["tables"]], args.short, args.jobs, done, record)
     parts = [done["tables"][table] for table in TABLES if table in done["tables"]]
     (RESULTS / "report.md").write_text("\n\n".join(part["markdown"].strip() for part in parts) + "\n")
     data = {table: {k: v for k, v in part.items() if k != "markdown"} for table, part in done["tables"].items()}
     (RESULTS / "report.json").write_text(json.dumps(data, indent=1) + "\n")
-    total = sum(part["minutes"] for part in parts)
-    print(f"\n{len(parts)} tables in {total:.1f} minutes: {RESULTS / 'report.md'}, report.json")
+    took = (time.monotonic() - begin) / 60
+    print(f"\n{len(parts)} tables, {took:.1f} minutes this time: {RESULTS / 'report.md'}, report.json")
 
 
 if __name__ == "__main__":

@@ -247,7 +247,7 @@ def _spend(members: list[Target], recipe: Recipe, overhead: float) -> Iterator[t
         orders.append(islice(splits_in_order(matrix, recipe.weights), most))
     bits = recipe.weights.bits or 32
     left = overhead * sum(matrix.values.numel() * bits / 8 for _, matrix in parts)
-    power = [max(float(matrix.values.square().sum()), 1e-30) for _, matrix in parts]
+    power = [max(float(matrix.power()), 1e-30) for _, matrix in parts]
     heap: list[tuple[float, int, int]] = []
 
     def offer(i: int) -> None:

@@ -45,6 +45,11 @@ class Matrix:
         assert self.hessian is not None
         return inverse_factor(self.hessian)
 
+    def power(self) -> Tensor:
+        """The squared norm, of the outputs where the moments of the inputs are known."""
+        square = self.values.square().reshape(self.values.shape[0], self.channels, self.positions).sum(-1)
+        return (square if self.moments is None else square * self.moments).sum()
+
     def magnitude(self) -> Tensor:
         """[outputs, channels]: the largest |w| over a kernel's positions."""
         return self.values.abs().reshape(self.values.shape[0], self.channels, self.positions).amax(-1)
@@ -96,8 +101,16 @@ def _check_finite(values: Tensor, where: str) -> None:
 
 def splits_in_order(matrix: Matrix, weights: Weights) -> Iterator[tuple[int, float]]:
     """Channels by error gain (`ocs.splits_by_gain`)."""
-    bits, limit = weights.bits or 8, range_limit(weights)
-    return ocs.splits_by_gain(matrix.magnitude(), bits, weights.granularity, weights.group_size, weights.clip, limit)
+    moments = matrix.moments if weights.clip == "output" else None
+    return ocs.splits_by_gain(
+        matrix.magnitude(),
+        weights.bits or 8,
+        weights.granularity,
+        weights.group_size,
+        weights.clip,
+        range_limit(weights),
+        moments,
+    )
 
 
 def plan_splits(matrix: Matrix, weights: Weights) -> ocs.SplitPlan | None:

@@ -1,6 +1,7 @@
 """The laws of grids, clips and splits."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -178,6 +179,22 @@ def test_gain_order_falls_and_lowers_the_error(method, granularity):
     before = quantize_weight(w, 4, granularity, 50, clip=method).dequantize()
     after = quantize_weight(w, 4, granularity, 50, clip=method, ranges=copies).dequantize()
     assert (after - w).square().sum() < (before - w).square().sum()
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_gain_weighed_by_moments_lowers_the_error_of_the_outputs_more(granularity):
+    w = heavy_tailed()
+    moments = torch.linspace(-4, 4, 200)[torch.randperm(200)].exp()[None]
+
+    def error(counted: torch.Tensor | None) -> float:
+        order = ocs.splits_by_gain(w.abs(), 4, granularity, 50, "output", 100, counted)
+        copies = torch.ones(200, dtype=torch.int32)
+        for channel, _ in islice(order, 10):
+            copies[channel] += 1
+        made = quantize_weight(w, 4, granularity, clip="output", ranges=copies, moments=moments)
+        return float(((made.dequantize() - w).square() * moments).sum())
+
+    assert error(moments) < error(None)
 
 
 def test_clip_mse_is_the_best_of_its_sweep_and_beats_no_clip():

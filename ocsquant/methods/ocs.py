@@ -104,18 +104,24 @@ def plan_by_error(reach: Tensor, power: Tensor, splits: int, limit: int) -> Spli
 
 
 def splits_by_gain(
-    magnitude: Tensor, bits: int, granularity: str, group_size: int, clip: str, limit: int
+    magnitude: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int,
+    clip: str,
+    limit: int,
+    moments: Tensor | None = None,
 ) -> Iterator[tuple[int, float]]:
     """Channels in the order in which one more equal copy lowers the squared error most, with that gain.
 
     magnitude: [n, channels], |w| (of a convolution: its largest kernel position). Without clipping the error is that of
     rounding, step^2 / 12 for every weight of a block; with clipping, what the threshold cuts off, found anew as it
-    moves.
+    moves. moments: [1 or n, channels], what an error of each channel counts under clip "output".
     """
     if clip == "none":
         yield from _gain_of_steps(magnitude, bits, granularity, group_size, limit)
     else:
-        yield from _gain_of_clipping(magnitude, bits, granularity, group_size, clip, limit)
+        yield from _gain_of_clipping(magnitude, bits, granularity, group_size, clip, limit, moments)
 
 
 def _gain_of_steps(
@@ -152,21 +158,28 @@ def _gain_of_steps(
 
 
 def _gain_of_clipping(
-    magnitude: Tensor, bits: int, granularity: str, group_size: int, clip: str, limit: int
+    magnitude: Tensor,
+    bits: int,
+    granularity: str,
+    group_size: int,
+    clip: str,
+    limit: int,
+    moments: Tensor | None,
 ) -> Iterator[tuple[int, float]]:
     n, channels = magnitude.shape
     size = min(group_size, channels) if granularity == "group" else channels
     copies = torch.ones(channels)
+    counts = torch.ones_like(magnitude) if moments is None else moments.expand_as(magnitude)
     # The threshold moves slowly: it is searched again after every eighth of a percent of the channels.
     batch = max(1, channels // 800)
     while True:
         wide = blocked(copies.expand(n, channels).contiguous(), size)
         share = blocked(magnitude / copies, size)
-        threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor")
+        threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor", blocked(counts, size))
         bound = threshold[:, :, None].expand_as(share).reshape(n, -1)[:, :channels]
-        lost = (magnitude - copies * bound).clamp(min=0).square().sum(0)
-        after = (magnitude - (copies + 1) * bound).clamp(min=0).square().sum(0)
-        gain = lost - after
+        lost = (magnitude - copies * bound).clamp(min=0).square()
+        after = (magnitude - (copies + 1) * bound).clamp(min=0).square()
+        gain = (lost - after).mul_(counts).sum(0)
         gain[copies >= limit] = -1.0
         best = gain.topk(min(batch, channels))
         if best.values[0] <= 0:
