@@ -183,18 +183,20 @@ def test_gain_order_falls_and_lowers_the_error(method, granularity):
 
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_gain_weighed_by_moments_lowers_the_error_of_the_outputs_more(granularity):
-    w = heavy_tailed()
-    moments = torch.linspace(-4, 4, 200)[torch.randperm(200)].exp()[None]
-
-    def error(counted: torch.Tensor | None) -> float:
-        order = ocs.splits_by_gain(w.abs(), 4, granularity, 50, "output", 100, counted)
-        copies = torch.ones(200, dtype=torch.int32)
-        for channel, _ in islice(order, 10):
-            copies[channel] += 1
-        made = quantize_weight(w, 4, granularity, clip="output", ranges=copies, moments=moments)
-        return float(((made.dequantize() - w).square() * moments).sum())
-
-    assert error(moments) < error(None)
+    """On average: the gain is that of one more copy at the threshold as it stands."""
+    ratios = []
+    for seed in range(12):
+        torch.manual_seed(seed)
+        w, moments = heavy_tailed(), torch.linspace(-4, 4, 200)[torch.randperm(200)].exp()[None]
+        errors = []
+        for counted in (moments, None):
+            copies = torch.ones(200, dtype=torch.int32)
+            for channel, _ in islice(ocs.splits_by_gain(w.abs(), 4, granularity, 50, "output", 100, counted), 10):
+                copies[channel] += 1
+            made = quantize_weight(w, 4, granularity, clip="output", ranges=copies, moments=moments)
+            errors.append(float(((made.dequantize() - w).square() * moments).sum()))
+        ratios.append(errors[0] / errors[1])
+    assert math.exp(sum(map(math.log, ratios)) / len(ratios)) < 0.97
 
 
 def test_clip_mse_is_the_best_of_its_sweep_and_beats_no_clip():
