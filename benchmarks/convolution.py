@@ -8,6 +8,7 @@ first in integers, data-free.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import images
@@ -34,29 +35,46 @@ SHAPES = (
     (16, 32, 56, 3, 1),
     (32, 32, 28, 3, 1),
 )
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+# Convolutions in groups, in three dimensions, and of a speech encoder's positions; the input each is measured on.
+OTHERS: tuple[tuple[str, nn.Module, tuple[int, ...]], ...] = (
+    ("256 in 4 groups, 28 x 28, kernel 3", nn.Conv2d(256, 256, 3, padding=1, groups=4), (256, 28, 28)),
+    ("512 in 16 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=16), (512, 14, 14)),
+    ("512 in 32 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=32), (512, 14, 14)),
+    ("768 in 16 groups, 500 steps, kernel 128", nn.Conv1d(768, 768, 128, padding=64, groups=16), (768, 500)),
+    ("64 -> 64, 8 x 28 x 28, kernel 3", nn.Conv3d(64, 64, 3, padding=1), (64, 8, 28, 28)),
+    ("256 -> 256, 4 x 14 x 14, kernel 3", nn.Conv3d(256, 256, 3, padding=1), (256, 4, 14, 14)),
+    ("256 -> 256, 8 x 14 x 14, kernel 3 x 1 x 1", nn.Conv3d(256, 256, (3, 1, 1), padding=(1, 0, 0)), (256, 8, 14, 14)),
+    ("64 -> 256, 8 x 28 x 28, kernel 1", nn.Conv3d(64, 256, 1), (64, 8, 28, 28)),
+)
+LAYOUTS = ("contiguous", "channels last")
+LAST = {3: torch.contiguous_format, 4: torch.channels_last, 5: torch.channels_last_3d}  # by dimensions of the input
 
 
 def call(module: nn.Module, x: Tensor) -> Call:
     return Call(lambda: module(x))
 
 
-def layer_rows(shapes: tuple[tuple[int, ...], ...], repetitions: int) -> list[list[Any]]:
-    rows = []
-    for inputs, outputs, side, kernel, stride in shapes:
-        layer = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2).eval()
+def layers(short: bool) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
+    for inputs, outputs, side, kernel, stride in SHAPES[:3] if short else SHAPES:
+        name = f"{inputs} -> {outputs}, {side} x {side}, kernel {kernel}, stride {stride}"
+        yield name, nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2), (inputs, side, side)
+    yield from OTHERS[:1] if short else OTHERS
+
+
+def layer_rows(short: bool, repetitions: int) -> Iterator[list[Any]]:
+    for name, layer, shape in layers(short):
         ours = ocsquant.quantize(copy.deepcopy(layer), overrides={"": "W8A8"})
         cells = []
-        for layout in LAYOUTS.values():
-            x = torch.randn(1, inputs, side, side).relu().contiguous(memory_format=layout)
-            floats = copy.deepcopy(layer).to(memory_format=layout)
+        for layout in LAYOUTS:
+            x = torch.randn(1, *shape).relu()
+            memory = LAST[x.dim()] if layout == "channels last" else torch.contiguous_format
+            x, floats = x.contiguous(memory_format=memory), copy.deepcopy(layer).to(memory_format=memory)
             calls = {"fp32": call(floats, x), "ocsquant": call(ours, x)}
             times = measure.interleave(calls, repetitions, block=10e-3)
             won = str(measure.ratio(times["fp32"], times["ocsquant"]))
             shown = [measure.microseconds(times[name]) for name in calls]
             cells += [*shown, won if convolution_pays(floats) else f"({won})"]
-        rows.append([f"{inputs} -> {outputs}, {side} x {side}, kernel {kernel}, stride {stride}", *cells])
-    return rows
+        yield [name, *cells]
 
 
 def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
@@ -68,7 +86,7 @@ def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
     every = ocsquant.quantize(copy.deepcopy(model), ignore=[images.FIRST], overrides={"*": "W8A8"})
     networks = {"float32": model, "every convolution but the first": every}
     speed: dict[str, str] = dict.fromkeys(networks, "")
-    for layout in LAYOUTS.values():
+    for layout in (torch.contiguous_format, torch.channels_last):
         x = (pictures[:1].float() / 255).contiguous(memory_format=layout)
         moved = {name: copy.deepcopy(network).to(memory_format=layout) for name, network in networks.items()}
         calls = {name: call(network, x) for name, network in moved.items()}
@@ -86,14 +104,14 @@ def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
 def main() -> None:
     args = measure.parser(__doc__).parse_args()
     repetitions, head = measure.start(args)
-    layers = layer_rows(SHAPES[:3] if args.short else SHAPES, repetitions)
+    rows = list(layer_rows(args.short, repetitions))
     titles = [title for layout in LAYOUTS for title in (f"fp32 us, {layout}", "ours us", "fp32 / ours")]
-    text = measure.table(["one sample", *titles], layers)
+    text = measure.table(["one sample", *titles], rows)
     network = network_rows(args.short, repetitions)
     if network:
         columns = ["darknet_tiny", "top-1", "cross-entropy", "fp32 / this: contiguous, channels last"]
         text += "\n\n" + measure.table(columns, network)
-    measure.finish("convolution", head, text, {"layers": layers, "network": network})
+    measure.finish("convolution", head, text, {"layers": rows, "network": network})
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def _recurrent(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str,
 
 def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Quantized:
     wanted = {n: tuple(v) if isinstance(v := settings[n], list) else v for n in CONVOLUTION_SETTINGS}
-    if kind_of_layer(old) != settings["origin"] or settings["origin"] not in ("Conv1d", "Conv2d"):
+    if kind_of_layer(old) != settings["origin"] or settings["origin"] not in ("Conv1d", "Conv2d", "Conv3d"):
         raise SchemaMismatchError(f"the file has a quantized {settings['origin']} '{path}', the model {old}")
     had = {name: getattr(old, name) for name in CONVOLUTION_SETTINGS}
     if wanted != had:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ocsquant.config import Recipe
+from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import form_of
 from ocsquant.nn.recurrent import part_names, part_sizes, recurrent_form
 from ocsquant.ops import cpu_isa
 
 # Channels in and out of a convolution whose kernel is one element, for inputs that lie channels last, and first.
 POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
-SMALLEST_VNNI = 32  # channels in and out of any kernel, on a CPU whose integer products are that much faster
+SMALLEST_VNNI = 32  # channels in and out of a group, any kernel, on a CPU whose integer products are that much faster
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 64, 64, 128, 128
 SMALLEST_CHANNELS = (64, 96)  # in and out of a convolution without VNNI whose kernel is larger
@@ -29,36 +30,32 @@ def pays(out_features: int, in_features: int) -> bool:
     return in_features >= SMALLEST_IN and out_features >= wide_enough
 
 
-def convolution_pays(module: nn.Conv1d | nn.Conv2d) -> bool:
+def convolution_pays(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
+    inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     if "vnni" in cpu_isa()[0]:
-        return min(module.in_channels, module.out_channels) >= SMALLEST_VNNI
+        return min(inputs, outputs) >= SMALLEST_VNNI
     if module.kernel_size.count(1) == len(module.kernel_size):
         last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
         smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST
-        return module.in_channels >= smallest_in and module.out_channels >= smallest_out
+        return inputs >= smallest_in and outputs >= smallest_out
     smallest_in, smallest_out = SMALLEST_CHANNELS
-    return module.in_channels >= smallest_in and module.out_channels >= smallest_out
+    return inputs >= smallest_in and outputs >= smallest_out
 
 
 def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) -> str | None:
     """Why there is no integer kernel for this layer, or why it would not pay."""
     if recipe.activations is None or kind == "embedding":
         return _storage_problem(module, recipe, named)
-    if kind == "conv" and (not isinstance(module, (nn.Conv1d, nn.Conv2d)) or module.groups > 1):
-        what = "grouped convolutions" if isinstance(module, (nn.Conv1d, nn.Conv2d)) else type(module).__name__
-        return (
-            f"no integer kernel for {what} yet: use activations=None to store its weight in fewer bits, or "
-            f"simulate=True for its accuracy"
-        )
     if kind in ("recurrent", "conv") and recipe.activations.needs_calibration:
         return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
     if isinstance(module, nn.Linear):
         depths, gains = [module.in_features], pays(module.out_features, module.in_features)
         size = f"{module.out_features} outputs of {module.in_features} inputs"
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    elif isinstance(module, CONVOLUTIONS):
         depths, gains = [module.weight[0].numel()], convolution_pays(module)
-        size = f"{module.out_channels} outputs of {module.in_channels} channels"
+        outputs, channels = module.out_channels // module.groups, module.in_channels // module.groups
+        size = f"{outputs} outputs of {channels} channels" + (" in each group" if module.groups > 1 else "")
         if recipe.weights.granularity == "group" and recipe.weights.group_size < depths[0]:
             return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
     else:

@@ -74,8 +74,22 @@ def quantized_conv2d(
     bits: int = 8,
     max_outliers: int = 16,
     threshold: float = 4.0,
+    groups: int = 1,
 ) -> Tensor:
-    """x [samples, channels, height, width], codes int8 [n, channels, kernel_h, kernel_w]; sums exact in float64."""
+    """x [samples, channels, height, width], codes int8 [n, channels / groups, kernel_h, kernel_w]; sums exact."""
+    if groups > 1:
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        memory = torch.channels_last if last else torch.contiguous_format
+        parts = zip(x.chunk(groups, 1), codes.chunk(groups), scale.chunk(groups), strict=True)
+        offsets = [None] * groups if bias is None else bias.chunk(groups)
+        alike = (stride, padding, dilation, bits, max_outliers, threshold)
+        return torch.cat(
+            [
+                quantized_conv2d(part.contiguous(memory_format=memory), w, s, offset, *alike)
+                for (part, w, s), offset in zip(parts, offsets, strict=True)
+            ],
+            1,
+        )
     if codes[0, 0].numel() == 1 and padding == (0, 0):
         pixels = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
         y = quantized_linear(pixels, codes[:, :, 0, 0], scale, bias, None, None, bits, max_outliers, threshold)

@@ -36,10 +36,12 @@ sizes = st.integers(1, 3)
     bias=st.booleans(),
     outliers=st.sampled_from([0, 1, 16]),
     spread=st.sampled_from(["normal", "positive", "outliers"]),
+    groups=st.sampled_from([1, 1, 2, 3]),
 )
 def test_every_geometry_gives_the_bits_of_the_reference(
-    samples, channels, n, kernel, stride, padding, dilation, extra, layout, bias, outliers, spread
+    samples, channels, n, kernel, stride, padding, dilation, extra, layout, bias, outliers, spread, groups
 ):
+    channels, n = channels * groups, n * groups
     height, width = (
         max(1, d * (k - 1) + 1 - 2 * p) + e for d, k, p, e in zip(dilation, kernel, padding, extra, strict=True)
     )
@@ -52,18 +54,20 @@ def test_every_geometry_gives_the_bits_of_the_reference(
         x = x.contiguous(memory_format=torch.channels_last)
     elif layout == "strided":
         x = torch.stack([x, x], -1)[..., 0]
-    codes = torch.randint(-127, 128, (n, channels, *kernel), dtype=torch.int8)
+    codes = torch.randint(-127, 128, (n, channels // groups, *kernel), dtype=torch.int8)
     scale, offset = torch.rand(n) * 0.01, torch.randn(n) if bias else None
     y = ops.quantized_conv2d(
-        x, pack(codes), scale, offset, None, *kernel, *stride, *padding, *dilation, 8, outliers, 4.0
+        x, pack(codes), scale, offset, None, *kernel, *stride, *padding, *dilation, 8, outliers, 4.0, groups=groups
     )
-    like = nn.functional.conv2d(x, codes.float(), None, stride, padding, dilation)
+    like = nn.functional.conv2d(x, codes.float(), None, stride, padding, dilation, groups)
     assert y.shape == like.shape
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     assert y.is_contiguous(memory_format=torch.channels_last) if last else y.is_contiguous()
     if samples:
         given_x = x if last else x.contiguous()
-        expected = reference.quantized_conv2d(given_x, codes, scale, offset, stride, padding, dilation, 8, outliers)
+        expected = reference.quantized_conv2d(
+            given_x, codes, scale, offset, stride, padding, dilation, 8, outliers, groups=groups
+        )
         assert torch.equal(y, expected)
 
 
@@ -144,9 +148,38 @@ MODULES = {
     "reflect": (lambda: nn.Conv2d(6, 20, 3, padding=1, padding_mode="reflect"), (2, 6, 9, 8)),
     "circular, same": (lambda: nn.Conv1d(6, 20, 5, padding="same", padding_mode="circular"), (2, 6, 19)),
     "1d": (lambda: nn.Conv1d(6, 20, 5, 2, 2), (2, 6, 19)),
+    "groups": (lambda: nn.Conv2d(6, 20, 3, padding=1, groups=2), (2, 6, 9, 8)),
+    "depthwise": (lambda: nn.Conv2d(6, 18, 3, 2, groups=6), (2, 6, 9, 8)),
+    "pointwise, groups": (lambda: nn.Conv2d(6, 21, 1, groups=3, bias=False), (2, 6, 9, 8)),
+    "1d, groups": (lambda: nn.Conv1d(6, 20, 4, padding="same", groups=2), (2, 6, 19)),
+    "3d": (lambda: nn.Conv3d(6, 20, 3, padding=1), (2, 6, 5, 9, 8)),
+    "3d, strided, dilated": (lambda: nn.Conv3d(6, 20, (2, 3, 1), (2, 1, 2), (1, 0, 2), (2, 1, 1)), (2, 6, 7, 6, 8)),
+    "3d, groups, same": (lambda: nn.Conv3d(6, 20, (4, 3, 2), padding="same", groups=2), (2, 6, 5, 6, 7)),
+    "3d, circular": (lambda: nn.Conv3d(6, 20, 3, padding=1, padding_mode="circular"), (2, 6, 5, 6, 7)),
+    "3d, pointwise": (lambda: nn.Conv3d(6, 20, 1), (2, 6, 5, 6, 7)),
+    "3d, pointwise, strided": (lambda: nn.Conv3d(6, 20, 1, (2, 1, 1)), (2, 6, 5, 6, 7)),
+    "3d, one sample": (lambda: nn.Conv3d(6, 20, 2), (6, 5, 6, 7)),
     "one sample": (lambda: nn.Conv2d(6, 20, 3), (6, 9, 8)),
     "one sample, 1d": (lambda: nn.Conv1d(6, 20, 3), (6, 19)),
 }
+
+
+def channels_last(x):
+    """A batch as it lies in memory behind a channels-last model; None for what has no such layout."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_keep_the_layout_of_their_input(name):
+    make, shape = MODULES[name]
+    module, x = make(), channels_last(torch.randn(shape))
+    if x is None or "one sample" in name:
+        return
+    q, y = quantized(module), module(x)
+    assert q(x).stride() == y.stride()
+    torch.testing.assert_close(q(x), q(x.contiguous()), rtol=1e-4, atol=1e-4)  # sums in another order: the step's bits
+    assert q(x[:0]).shape == (0, *y.shape[1:])
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -210,7 +243,7 @@ def test_default_report_compile_and_export(tmp_path):
     assert report["body"].scheme == "W8A8"
     assert report["body"].kernel == "quantized_conv2d"
     assert "too small" in report["stem"].reason
-    assert "grouped convolutions" in report["depthwise"].reason
+    assert "in each group" in report["depthwise"].reason
     with torch.no_grad():
         y = model(x)
         assert (y - before).norm() < 0.02 * before.norm()
@@ -226,6 +259,31 @@ def test_default_report_compile_and_export(tmp_path):
     other.body = nn.Conv2d(64, 96, 3, 1, 1)
     with pytest.raises(ocsquant.SchemaMismatchError):
         ocsquant.load(other, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["groups", "1d, groups", "3d", "3d, groups, same", "3d, pointwise"])
+def test_every_kind_compiles_and_exports(name):
+    make, shape = MODULES[name]
+    model, x = nn.Sequential(quantized(make()), nn.ReLU()), torch.randn(shape)
+    torch.compiler.reset()
+    for xs in (x, channels_last(x)):
+        if xs is not None:
+            with torch.no_grad():
+                y = model(xs)
+                assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(xs), y)
+                assert torch.equal(torch.export.export(model, (xs,)).module()(xs), y)
+
+
+def test_batchnorm_folds_into_groups_and_volumes():
+    for make, shape in (MODULES["groups"], MODULES["3d"]):
+        kind = {4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+        model, x = nn.Sequential(make(), kind(20)).eval(), torch.randn(shape)
+        model[1].running_mean.normal_()
+        expected = model(x)
+        y = ocsquant.quantize(model, overrides={"0": "W8A8"}, fold_batchnorm=True)(x)
+        assert type(model[0]) is QuantizedConv
+        assert type(model[1]) is not kind
+        assert (y - expected).norm() < 0.02 * expected.norm()
 
 
 def test_a_shared_weight_stays_one():
@@ -251,13 +309,17 @@ def test_wrong_calls_name_the_argument():
             q(x)
     with pytest.raises(RuntimeError, match="x must be as large as the kernel"):
         q(torch.randn(2, 6, 2, 9))
+    with pytest.raises(ocsquant.ArgumentError, match="a depth of at least 3"):
+        quantized(nn.Conv3d(6, 20, 3))(torch.randn(2, 6, 2, 9, 9))
+    codes = torch.ones(70, 2, 3, 3, dtype=torch.int8)
+    with pytest.raises(RuntimeError, match="groups must divide the 70 outputs"):
+        ops.quantized_conv2d(torch.randn(1, 6, 9, 9), pack(codes), torch.ones(70), kernel_h=3, kernel_w=3, groups=3)
 
 
 @pytest.mark.parametrize(
     ("module", "recipe", "reason"),
     [
-        (nn.Conv3d(4, 4, 3), "W8A8", "no integer kernel for Conv3d"),
-        (nn.Conv2d(64, 128, 3, groups=2), "W8A8", "no integer kernel for grouped convolutions"),
+        (nn.Conv2d(64, 64, 3, groups=64), "W8A8", "too small to gain: 1 outputs of 1 channels in each group"),
         (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for groups in convolutions"),
         (nn.Conv2d(64, 128, 3), Recipe(activations=ocsquant.PerTensorStatic()), "Conv2d with calibrated inputs"),
         (nn.Conv2d(3, 64, 3), "W8A8", "too small to gain"),

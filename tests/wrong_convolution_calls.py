@@ -21,6 +21,7 @@ WRONG: dict[str, dict[str, Any]] = {
     **WRONG_STORAGE,
     "zero": WRONG_STORAGE["zero"] | {"rank": ZERO[0], "size": torch.cat([ZERO, ZERO]), "range": ZERO},
     **WINDOW,
+    "groups": {"range": 0, "channels": 2},
 }
 
 CONVOLUTION_CASES = {

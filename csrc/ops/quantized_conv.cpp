@@ -1,4 +1,5 @@
-// A convolution in integers: each sample quantized once, its patches multiplied as rows of a linear, block by block.
+// A convolution in integers: each group of a sample's channels quantized once, its patches multiplied as rows of a
+// linear, block by block.
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -32,18 +33,51 @@ bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-// The tensors of a call, what they hold and how.
+// The tensors of a call, what they hold and how: of one group of channels.
 struct Convolution {
   const float* x;
   float* y;
   bool channels_last;  // of both
-  int64_t samples;
-  PatchShape shape;
-  const PackedWeight& w;
+  int64_t samples, groups, group;
+  PatchShape shape;   // of a group's channels
+  PackedWeight w;     // the panels that hold the group's outputs
+  int64_t before, n;  // columns of `w` before them, and how many they are
   TokenQuantizer how;
 
   int64_t rows() const { return samples * shape.rows(); }
+  // Channels last: of one pixel, input and output.
+  int64_t pitch_in() const { return groups * shape.channels; }
+  int64_t pitch_out() const { return groups * n; }
+  // The group's first value of a sample.
+  const float* sample(int64_t i) const {
+    return x + i * groups * shape.values() + group * (channels_last ? shape.channels : shape.values());
+  }
+  float* output(int64_t i) const {
+    return y + i * groups * n * shape.rows() + group * (channels_last ? n : n * shape.rows());
+  }
+  // Whether the rows of the product are those of y.
+  bool in_place() const { return channels_last && groups == 1; }
 };
+
+Convolution of_group(Convolution c, const PackedWeight& w, int64_t group) {
+  const int64_t first = group * c.n, panel = first / kPanel;
+  c.group = group;
+  c.before = first - panel * kPanel;
+  c.w.packed = w.packed + panel * w.panel_bytes();
+  c.w.scale = w.scale + panel * kPanel;
+  if (w.bias != nullptr) c.w.bias = w.bias + panel * kPanel;
+  if (w.zero != nullptr) c.w.zero = w.zero + panel * kPanel;
+  c.w.n = std::min(w.n - panel * kPanel, (c.before + c.n + kPanel - 1) / kPanel * kPanel);
+  return c;
+}
+
+void copy_pixels(const float* from, int64_t pitch, int64_t count, int64_t channels, float* to) {
+  if (pitch == channels) {
+    std::copy_n(from, count * channels, to);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) std::copy_n(from + i * pitch, channels, to + i * channels);
+}
 
 // Places rows [first, first + count) into `a`.
 using Fill = void (*)(const Convolution& c, const Planes& planes, int64_t first, int64_t count, const Activations& a,
@@ -61,29 +95,32 @@ void fill_pixels(const Convolution& c, const Planes&, int64_t first, int64_t cou
   for (int64_t i = 0, run; i < count; i += run) {
     const int64_t sample = (first + i) / s.rows(), pixel = (first + i) % s.rows();
     const int64_t line = pixel / s.out_w, column = pixel % s.out_w;
-    // Channels last with strides of 1 does not come here.
     const bool all = s.stride_h == 1 && s.stride_w == 1;
     run = std::min(count - i, all ? s.rows() - pixel : s.stride_w == 1 ? s.out_w - column : 1);
     const int64_t from = line * s.stride_h * s.width + column * s.stride_w;
     float* to = pixels + i * s.channels;
     if (c.channels_last) {
-      std::copy_n(c.x + sample * s.values() + from * s.channels, run * s.channels, to);
+      copy_pixels(c.sample(sample) + from * c.pitch_in(), c.pitch_in(), run, s.channels, to);
     } else {
-      cpu_kernels().convolution.transpose(c.x + sample * s.values() + from, s.pixels(), s.channels, run, to,
-                                          s.channels);
+      cpu_kernels().convolution.transpose(c.sample(sample) + from, s.pixels(), s.channels, run, to, s.channels);
     }
   }
   cpu_kernels().linear.quantize(pixels, Float::f32, c.how, c.w, a, 0, count, scratch);
 }
 
-// Rows of outputs [count][n] from `first` on, to where y has them.
+// The group's columns of rows [count][w.n] from `first` on, to where y has them.
 void store_rows(const Convolution& c, const float* block, int64_t first, int64_t count) {
-  const int64_t n = c.w.n, pixels = c.shape.rows();
+  const int64_t pixels = c.shape.rows();
   for (int64_t i = 0, run; i < count; i += run) {
     const int64_t sample = (first + i) / pixels, pixel = (first + i) % pixels;
+    const float* from = block + i * c.w.n + c.before;
     run = std::min(count - i, pixels - pixel);
-    float* y = c.y + sample * n * pixels + pixel;
-    cpu_kernels().convolution.transpose(block + i * n, n, run, n, y, pixels);
+    if (c.channels_last) {
+      float* to = c.output(sample) + pixel * c.pitch_out();
+      for (int64_t r = 0; r < run; ++r) std::copy_n(from + r * c.w.n, c.n, to + r * c.pitch_out());
+    } else {
+      cpu_kernels().convolution.transpose(from, c.w.n, run, c.n, c.output(sample) + pixel, pixels);
+    }
   }
 }
 
@@ -104,7 +141,7 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
                            align64(quantize_scratch_bytes(w, tile)),
                            align64(kUnpackedGroups * kGroupBytes + block * kPanel * sizeof(int32_t)),
                            align64(fill == fill_pixels ? block * c.shape.channels * sizeof(float) : 0),
-                           align64(c.channels_last ? 0 : block * w.n * sizeof(float))};
+                           align64(c.in_place() ? 0 : block * w.n * sizeof(float))};
   int64_t each = 0;
   for (const int64_t size : sizes) each += size;
   const Buffer buffer(chunks * each);
@@ -124,11 +161,11 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block, count = std::min(block, c.rows() - first);
       fill(c, planes, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
-      float* rows = c.channels_last ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
+      float* rows = c.in_place() ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
       for (int64_t panel = 0; panel < w.panels(); ++panel) {
         kernels.multiply(a, w, rows, Float::f32, 0, count, panel, part[6]);
       }
-      if (!c.channels_last) store_rows(c, rows, first, count);
+      if (!c.in_place()) store_rows(c, rows, first, count);
     }
   });
 }
@@ -140,15 +177,22 @@ void run_patches(const Convolution& c) {
   const int64_t plane = kernels.plane_bytes(s, c.how.max_outliers), steps = align64(c.samples * sizeof(float));
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t chunks = c.samples * s.values() > kSerialProducts ? std::min(c.samples, threads) : 1;
-  const int64_t scratch = align64(c.channels_last ? 0 : kPlanePixels * s.channels * sizeof(float));
+  const bool apart = c.channels_last && c.groups > 1;
+  const int64_t turned = apart ? s.pixels() : c.channels_last ? 0 : kPlanePixels;
+  const int64_t scratch = align64(turned * s.channels * sizeof(float));
   const Buffer buffer(steps + chunks * scratch + c.samples * plane);
   const float least = least_step_factor(s.depth(), c.w.tail);
   float* step = buffer.at<float>(0);
   uint8_t* first = buffer.at<uint8_t>(steps + chunks * scratch);
   parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
+    float* turning = buffer.at<float>(steps + i * scratch);
     for (int64_t sample = begin; sample < end; ++sample) {
-      step[sample] = kernels.quantize_plane(c.x + sample * s.values(), s, !c.channels_last, c.how, least,
-                                            buffer.at<float>(steps + i * scratch), first + sample * plane);
+      const float* x = c.sample(sample);
+      if (apart) {
+        copy_pixels(x, c.pitch_in(), s.pixels(), s.channels, turning);
+        x = turning;
+      }
+      step[sample] = kernels.quantize_plane(x, s, !c.channels_last, c.how, least, turning, first + sample * plane);
     }
   });
   int64_t most = 0;
@@ -162,7 +206,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& tail_index, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
-                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels) {
+                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
   const TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
@@ -170,33 +214,46 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   check_pair("stride", stride_h, stride_w, 1);
   check_pair("padding", padding_h, padding_w, 0);
   check_pair("dilation", dilation_h, dilation_w, 1);
+  OCSQ_CHECK(groups >= 1 && x.size(1) % groups == 0, kOp, ": groups must divide the ", x.size(1),
+             " channels of x, got ", groups);
   const int64_t height = x.size(2), width = x.size(3);
   const int64_t out_h = out_size(height, kernel_h, stride_h, padding_h, dilation_h);
   const int64_t out_w = out_size(width, kernel_w, stride_w, padding_w, dilation_w);
   OCSQ_CHECK(
       height + 2 * padding_h > dilation_h * (kernel_h - 1) && width + 2 * padding_w > dilation_w * (kernel_w - 1), kOp,
       ": x must be as large as the kernel with its dilation, got ", height, " x ", width);
-  const PatchShape s = {x.size(1), height,    width,      kernel_h,   kernel_w, stride_h, stride_w,
-                        padding_h, padding_w, dilation_h, dilation_w, out_h,    out_w};
+  const PatchShape s = {x.size(1) / groups, height,    width,      kernel_h,   kernel_w, stride_h, stride_w,
+                        padding_h,          padding_w, dilation_h, dilation_w, out_h,    out_w};
   const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth());
   OCSQ_CHECK(s.values() <= std::numeric_limits<int32_t>::max(), kOp,
              ": x must have fewer than 2^31 values a sample, got ", s.values());
-  const int64_t n = weight.weight().n, samples = x.size(0);
+  const PackedWeight& w = weight.weight();
+  OCSQ_CHECK(w.n % groups == 0, kOp, ": groups must divide the ", w.n, " outputs, got ", groups);
+  const int64_t samples = x.size(0);
   const bool last = is_channels_last(x);
   const Tensor source = last ? x : dense(x);
-  Tensor y = last ? empty_cpu({samples, n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
-                  : empty_cpu({samples, n, out_h, out_w}, ScalarType::Float);
-  if (samples == 0 || n == 0) return y;
-  const Convolution c = {
-      source.const_data_ptr<float>(), y.mutable_data_ptr<float>(), last, samples, s, weight.weight(), how};
-  if (kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0) {
-    if (last && stride_h == 1 && stride_w == 1) {
-      run_linear(c.x, Float::f32, c.rows(), how, c.w, c.y);
-    } else {
-      multiply_blocks(c, {}, how.max_outliers, fill_pixels);
-    }
-  } else {
-    run_patches(c);
+  Tensor y = last ? empty_cpu({samples, w.n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
+                  : empty_cpu({samples, w.n, out_h, out_w}, ScalarType::Float);
+  if (samples == 0 || w.n == 0) return y;
+  const Convolution whole = {source.const_data_ptr<float>(),
+                             y.mutable_data_ptr<float>(),
+                             last,
+                             samples,
+                             groups,
+                             0,
+                             s,
+                             w,
+                             0,
+                             w.n / groups,
+                             how};
+  const bool pixels = kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0;
+  if (pixels && whole.in_place() && stride_h == 1 && stride_w == 1) {
+    run_linear(whole.x, Float::f32, whole.rows(), how, w, whole.y);
+    return y;
+  }
+  for (int64_t group = 0; group < groups; ++group) {
+    const Convolution c = of_group(whole, w, group);
+    pixels ? multiply_blocks(c, {}, how.max_outliers, fill_pixels) : run_patches(c);
   }
   return y;
 }

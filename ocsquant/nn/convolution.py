@@ -1,4 +1,4 @@
-"""The quantized replacement of nn.Conv1d and nn.Conv2d."""
+"""The quantized replacement of nn.Conv1d, nn.Conv2d and nn.Conv3d."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "
 
 
 class QuantizedConv(Quantized):
-    """A convolution without groups (1d, 2d) in integers: `ocsquant.ops.quantized_conv2d`.
+    """A convolution (1d, 2d, 3d) in integers: `ocsquant.ops.quantized_conv2d`.
 
-    One step for each sample, for kernels of one element for each pixel. Built by `ocsquant.quantize`.
-    `product` holds weight and bias, its inputs in the order [kernel][channels]. The output of a Conv2d lies in memory
-    as its input does, contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
+    One step for each group of channels of a sample, for kernels of one element for each pixel; in three dimensions the
+    frames under a kernel are the channels of a sample. Built by `ocsquant.quantize`. `product` holds weight and bias,
+    its inputs in the order [kernel height][width][depth][channels]. The output lies in memory as the input does,
+    contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
     returns the same dtype.
     """
 
@@ -40,8 +41,9 @@ class QuantizedConv(Quantized):
         self._pads = self.padding_mode != "zeros" or before != after
         self._zeros = (0,) * len(before) if self._pads else tuple(before)
         sizes = ((self.kernel_size, 1), (self.stride, 1), (self._zeros, 0), (self.dilation, 1))
-        two = len(self.kernel_size) == 2
-        self._window = [size for given, height in sizes for size in (given if two else (height, *given))]
+        self._window = [size for given, height in sizes for size in (height, *given)[-2:]]
+        # A kernel of one element goes over planes that follow one another as over one.
+        self._flat = len(before) == 3 and {*self.kernel_size, *self.stride} == {1} and {*self._zeros} == {0}
         self.product = product
 
     kernel_size: tuple[int, ...]
@@ -51,6 +53,7 @@ class QuantizedConv(Quantized):
     in_channels: int
     out_channels: int
     padding_mode: str
+    groups: int
 
     @property
     def bits(self) -> int:  # type: ignore[override]
@@ -71,11 +74,13 @@ class QuantizedConv(Quantized):
     @property
     def weight(self) -> Tensor:
         """float32 of the shape of the float weight, dequantized anew at each reading."""
-        return self.product.weight.unflatten(1, (*self.kernel_size, self.in_channels)).movedim(-1, 1)
+        depth, plane = self.kernel_size[:-2], self.kernel_size[-2:]
+        columns = self.product.weight.unflatten(1, (*plane, *depth, self.in_channels // self.groups))
+        return columns.permute(0, -1, *range(1 + len(plane), columns.dim() - 1), *range(1, 1 + len(plane)))
 
     @property
     def weight_shape(self) -> torch.Size:
-        return torch.Size((self.out_channels, self.in_channels, *self.kernel_size))
+        return torch.Size((self.out_channels, self.in_channels // self.groups, *self.kernel_size))
 
     @property
     def float_bytes(self) -> int:
@@ -99,25 +104,56 @@ class QuantizedConv(Quantized):
     def _integer(self, input: Tensor) -> Tensor:
         dims, p = len(self.kernel_size), self.product
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
+        samples, planes = x.shape[0], x.shape[2:4]
         x = self._padded(x if x.dtype == torch.float32 else x.float())
-        x = x if dims == 2 else x.unsqueeze(2)
+        if dims == 1:
+            x = x.unsqueeze(2)
+        elif self._flat:
+            x = x.flatten(2, 3)
+        elif dims == 3:
+            x, frames = self._frames(x)
         a = p.activations
         b: dict[str, Any] = p._buffers
         operands: tuple[Any, ...] = (
             *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
             *self._window,
-            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"]),
+            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.groups),
         )
         y = ops.quantized_conv2d(*operands)
-        y = y if dims == 2 else y.squeeze(2).contiguous()
+        if dims == 1:
+            y = y.squeeze(2).contiguous()
+        elif self._flat:
+            y = y.unflatten(2, planes)
+        elif dims == 3:
+            y = y.unflatten(0, (samples, frames)).transpose(1, 2)
+            y = y if _is_last(y) else y.contiguous()
         y = y if input.dim() == dims + 2 else y.squeeze(0)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
+    def _frames(self, x: Tensor) -> tuple[Tensor, int]:
+        """[samples, channels, depth, height, width] as samples of a 2d convolution, a number of frames for each.
+
+        The frames under the kernel become channels: of each group together.
+        """
+        size, stride, zeros, dilation = self.kernel_size[0], self.stride[0], self._zeros[0], self.dilation[0]
+        x = F.pad(x, (0, 0, 0, 0, zeros, zeros)) if zeros else x
+        span = dilation * (size - 1) + 1
+        if x.shape[2] < span:
+            raise ArgumentError("input", f"a depth of at least {span}, padding included", x.shape[2])
+        last, groups, channels = _is_last(x), self.groups, self.in_channels // self.groups
+        windows = x.unfold(2, span, stride)[..., ::dilation].unflatten(1, (groups, channels))
+        samples, _, _, frames, height, width, _ = windows.shape
+        images = (samples * frames, groups * size * channels)
+        if last:
+            turned = windows.permute(0, 3, 4, 5, 1, 6, 2).reshape(images[0], height, width, images[1])
+            return turned.permute(0, 3, 1, 2), frames
+        return windows.permute(0, 3, 1, 6, 2, 4, 5).reshape(*images, height, width), frames
+
     def _float(self, input: Tensor) -> Tensor:
         x = self._padded(input)
-        convolution: Any = F.conv1d if len(self.kernel_size) == 1 else F.conv2d
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel_size) - 1]
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return convolution(x, self.weight.to(x.dtype), bias, self.stride, self._zeros, self.dilation)
+        return convolution(x, self.weight.to(x.dtype), bias, self.stride, self._zeros, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> Tensor:
         if not self._pads:
@@ -129,7 +165,7 @@ class QuantizedConv(Quantized):
         return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)}" for name in SETTINGS if name != "groups")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in SETTINGS)
 
 
 def _sides(like: Any) -> list[int]:
@@ -142,6 +178,12 @@ def _sides(like: Any) -> list[int]:
     return [side for size in reversed(like.padding) for side in (size, size)]
 
 
+def _is_last(x: Tensor) -> bool:
+    """Whether it lies channels last, and cannot be read as contiguous too."""
+    return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+
+
 def product_columns(weight: Tensor, shape: torch.Size) -> Tensor:
-    """[outputs, channels * positions], the order of a weight of `shape`, as [outputs, positions * channels]."""
-    return weight.reshape(shape[0], shape[1], -1).transpose(1, 2).reshape(shape[0], -1)
+    """[outputs, channels * positions] of a weight of `shape`, as [outputs, height * width * depth * channels]."""
+    depth = shape[2] if len(shape) == 5 else 1
+    return weight.reshape(shape[0], shape[1], depth, -1).permute(0, 3, 2, 1).reshape(shape[0], -1)

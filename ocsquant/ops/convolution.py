@@ -32,12 +32,13 @@ def quantized_conv2d(
     weight_bits: int = 8,
     zero: Tensor | None = None,
     levels: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """2d convolution (without groups) with integer weights, quantizing each sample of `x` on the way in.
+    """2d convolution with integer weights, quantizing each sample of `x` on the way in, group by group.
 
-    A sample's step is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1); values beyond keep larger
-    codes, which is exactly what splitting them would give (OCS, arXiv 1901.09504, at run time), unless there are more
-    than max_outliers for each of its pixels: then the step is that of absmax.
+    The step of a group of a sample's channels is min(absmax, outlier_threshold * rms) / (2^(activation_bits - 1) - 1);
+    values beyond keep larger codes, which is exactly what splitting them would give (OCS, arXiv 1901.09504, at run
+    time), unless there are more than max_outliers for each of its pixels: then the step is that of absmax.
 
     A kernel of one element without padding is a linear layer over pixels: each has a step of its own, as a token of
     `quantized_linear`.
@@ -45,7 +46,7 @@ def quantized_conv2d(
     Args:
         x: float32 [samples, channels, height, width], contiguous or channels last in memory (which is faster). Where it
             lies decides how the step is summed up, and may change its last bit.
-        packed: from `pack_weight`, for n outputs and kernel_h * kernel_w * channels inputs in this order; those plus
+        packed: from `pack_weight`, for n outputs and kernel_h * kernel_w * channels / groups inputs in this order; with
             tail columns at most 131072.
         scale, bias: float32 [n].
         tail_index, weight_bits, zero, levels: as in `quantized_linear`.
@@ -53,10 +54,12 @@ def quantized_conv2d(
         padding_h, padding_w: rows and columns of zeros on each side.
         activation_bits: 2..8.
         max_outliers: 0..64; 0 is plain dynamic quantization.
-        outlier_threshold: 2..1e6, in units of the sample's root mean square.
+        outlier_threshold: 2..1e6, in units of the root mean square of the sample's group.
+        groups: of channels and of outputs, each convolved alone, in order; divides both.
 
     Returns:
-        float32 [samples, n, out height, out width], in memory as `x`. A sample (a pixel) with NaN or Inf gives NaN.
+        float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
+        Inf gives NaN.
     """
     return _quantized_conv2d(
         x,
@@ -78,6 +81,7 @@ def quantized_conv2d(
         weight_bits,
         zero,
         levels,
+        groups,
     )
 
 
