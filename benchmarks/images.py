@@ -1,7 +1,7 @@
 """Outlier channel splitting on a convolutional network, as the paper's tables have it: bits, clips and ratios.
 
 Darknet's "Tiny" ImageNet classifier on 500 images, weights quantized, activations and first layer float; beside OCS and
-grids stand the equalization and bias correction of Data-Free Quantization. Each row has
+grids stand SQuant's rounding, and the equalization and bias correction of Data-Free Quantization. Each row has
 top-1 accuracy, cross-entropy, and the standard error of the difference in accuracy from float32 (paired over images).
 Needs the evaluation data and Pillow; says so where they are absent.
 """
@@ -9,6 +9,7 @@ Needs the evaluation data and Pillow; says so where they are absent.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import io
 import zipfile
@@ -81,6 +82,7 @@ def scores(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def recipes() -> dict[str, Weights]:
+    """As in the paper rounded to nearest, and with the package's own rounding of convolutions."""
     table: dict[str, Weights] = {}
     for bits in (6, 5):
         for clip in ("none", "mse", "aciq", "kl") if bits == 5 else ("none", "mse"):
@@ -97,17 +99,25 @@ def recipes() -> dict[str, Weights]:
         table[f"W{bits} per channel"] = Weights(bits)
         table[f"W{bits} per channel, clip mse"] = Weights(bits, clip="mse")
         table[f"W{bits} groups of 128"] = Weights(bits, "group", 128)
-        table[f"W{bits} per channel, clip output, GPTQ"] = Weights(bits, clip="output", rounding="gptq")
-    return table
+    made = {what: dataclasses.replace(weights, rounding="nearest") for what, weights in table.items()}
+    for bits in (8, 6, 5, 4):
+        made[f"W{bits} per channel"] = Weights(bits, rounding="nearest")
+        made[f"W{bits} per channel, SQuant"] = Weights(bits)
+        if bits < 8:
+            made[f"W{bits} per channel, clip output, GPTQ"] = Weights(bits, clip="output", rounding="gptq")
+    for what in ("W5 per tensor, clip mse", "W5 per tensor, OCS 0.02, clip mse", "W5 groups of 128"):
+        made[f"{what}, SQuant"] = table[what]
+    return made
 
 
 def neighbours() -> dict[str, Weights]:
     """What Data-Free Quantization's equalization and bias correction are tried on."""
-    ours = Weights(5, "tensor", clip="mse", split=OCS(0.02, shares="halving"))
+    ours = Weights(5, "tensor", clip="mse", rounding="nearest", split=OCS(0.02, shares="halving"))
     return {
-        "W5 per tensor, clip mse": Weights(5, "tensor", clip="mse"),
+        "W5 per tensor, clip mse": Weights(5, "tensor", clip="mse", rounding="nearest"),
         "W5 per tensor, OCS 0.02, clip mse": ours,
-        "W5 per channel": Weights(5),
+        "W5 per channel": Weights(5, rounding="nearest"),
+        "W5 per channel, SQuant": Weights(5),
     }
 
 

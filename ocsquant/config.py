@@ -11,7 +11,7 @@ from typing import Any
 from ocsquant.errors import ArgumentError, ArgumentTypeError
 
 CLIPS = ("none", "mse", "output", "aciq", "kl")
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("auto", "nearest", "squant", "gptq")
 CODEBOOKS = ("kmeans", "nf4")
 LARGEST_CODEBOOK = 64  # entries
 GRANULARITIES = ("channel", "tensor", "group")
@@ -115,8 +115,10 @@ class Weights:
         clip: "none" (largest magnitude), "mse" (least squared error of the weights), "output" (least squared error of
             the outputs, channels weighed by the second moments of their inputs: needs calibration), "aciq" (arXiv
             1810.05723) or "kl" (TensorRT's).
-        rounding: "nearest", or "gptq" (arXiv 2210.17323): each column makes up for the errors of those before it, on
-            the same grid; needs calibration by batches, which are run again for every 256 MiB of Hessians.
+        rounding: "nearest"; "squant" (arXiv 2202.07471): without data, errors cancel over each kernel and output;
+            "auto": "squant" for convolutions, whose inputs are alike from pixel to pixel, where the grid is uniform,
+            "nearest" for the rest; or "gptq" (arXiv 2210.17323): each column makes up for the errors of those before
+            it, on the same grid; needs calibration by batches, which are run again for every 256 MiB of Hessians.
         split: an `OCS`, a `SplitQuant`, or None.
         codebook: None, or 2^bits levels per layer under the scales: "kmeans" (2..6 bits; clip "output" weighs the
             channels) or "nf4" (4 bits; arXiv 2305.14314). Levels are int8 multiples of the scale.
@@ -127,7 +129,7 @@ class Weights:
     group_size: int = 128
     symmetric: bool = True
     clip: str = "none"
-    rounding: str = "nearest"
+    rounding: str = "auto"
     split: OCS | SplitQuant | None = None
     codebook: str | None = None
 
@@ -143,7 +145,7 @@ class Weights:
             check_type("split", self.split, (OCS, SplitQuant), "an ocsquant.OCS, an ocsquant.SplitQuant or None")
         if self.codebook is not None:
             check_choice("codebook", self.codebook, CODEBOOKS)
-        plain = isinstance(self.split, OCS) and self.rounding == "nearest" and self.codebook is None
+        plain = isinstance(self.split, OCS) and self.rounding in ("auto", "nearest") and self.codebook is None
         if self.bits is None and not plain:
             raise ArgumentError("bits", "2..8 unless channels are only split, by an OCS", None)
         if self.by_levels:
@@ -153,13 +155,23 @@ class Weights:
                 raise ArgumentError("symmetric", "True with split, codebook or one scale per tensor", False)
             if self.clip in ("aciq", "kl"):
                 raise ArgumentError("clip", "'none', 'mse' or 'output' where symmetric is False", self.clip)
-        if self.rounding == "gptq" and self.ocs is not None and not self.ocs.quantization_aware:
+        naive = self.ocs is not None and not self.ocs.quantization_aware
+        if naive and self.rounding not in ("auto", "nearest"):
             raise ArgumentError("rounding", "'nearest' for naive splits", self.rounding)
+        if self.by_levels and self.rounding == "squant":
+            raise ArgumentError("rounding", "'nearest' or 'gptq' with levels", self.rounding)
 
     @property
     def by_levels(self) -> bool:
         """Whether a code is the index of a level instead of a multiple of the scale."""
         return self.codebook is not None or isinstance(self.split, SplitQuant)
+
+    def rounded_by(self, convolution: bool) -> str:
+        """What `rounding` is for a layer of this kind."""
+        if self.rounding != "auto":
+            return self.rounding
+        uniform = not self.by_levels and (self.ocs is None or self.ocs.quantization_aware)
+        return "squant" if convolution and uniform else "nearest"
 
     @property
     def ocs(self) -> OCS | None:

@@ -19,6 +19,7 @@ from ocsquant.methods.codebook import quantize_codebook
 from ocsquant.methods.gptq import InverseFactor, gptq, inverse_factor
 from ocsquant.methods.grid import QuantizedWeight, code_limit, largest_range, quantize_weight
 from ocsquant.methods.splitquant import quantize_splitquant
+from ocsquant.methods.squant import squant
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 RECURRENT = (nn.LSTM, nn.GRU)
@@ -136,10 +137,10 @@ def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitP
 @torch.autocast("cpu", enabled=False)
 def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     """The codes of one weight, clipped after splitting."""
-    grid = _nearest(matrix, weights, plan)
-    if weights.rounding == "gptq" and matrix.hessian is not None:
+    grid, rounding = _nearest(matrix, weights, plan), weights.rounded_by(len(matrix.shape) > 2)
+    if rounding == "gptq" and matrix.hessian is not None:
         return gptq(matrix.values, grid, matrix.inverse_factor)
-    return grid
+    return squant(matrix.values, grid, matrix.positions) if rounding == "squant" else grid
 
 
 def _nearest(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:

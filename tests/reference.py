@@ -283,6 +283,28 @@ def gptq(
     return codes
 
 
+def squant(errors: list[list[float]]) -> list[list[int]]:
+    """What to subtract from the codes of one output: errors (code less place, in steps) of [channels][positions]."""
+    sign = lambda v: (v > 0) - (v < 0)  # noqa: E731
+    moves = [[0] * len(kernel) for kernel in errors]
+    if len(errors[0]) > 1:
+        for kernel, moved in zip(errors, moves, strict=True):
+            total = sum(kernel)
+            order = sorted(range(len(kernel)), key=lambda i: -sign(total) * kernel[i])
+            for i in order[: round(abs(total))]:
+                moved[i] = sign(total)
+    sums = [sum(kernel) - sum(moved) for kernel, moved in zip(errors, moves, strict=True)]
+    total = sum(sums)
+    free = []
+    for c, (kernel, moved) in enumerate(zip(errors, moves, strict=True)):
+        candidates = [i for i in range(len(kernel)) if not moved[i] and kernel[i] * sign(total) > 0]
+        if candidates:
+            free.append((-sign(total) * sums[c], c, max(candidates, key=lambda i: kernel[i] * sign(total))))
+    for _, c, i in sorted(free)[: round(abs(total))]:
+        moves[c][i] = sign(total)
+    return moves
+
+
 def kmeans_step(values: list[float], centres: list[float]) -> list[float]:
     """One step of Lloyd: the mean of the values nearest to each centre."""
     held: list[list[float]] = [[] for _ in centres]

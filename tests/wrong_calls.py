@@ -49,6 +49,8 @@ TOGETHER: list[tuple[str, Callable[[], Any]]] = [
     ("symmetric", lambda: Weights(symmetric=False, granularity="tensor")),
     ("granularity", lambda: Weights(bits=2, granularity="group", split=SplitQuant())),
     ("rounding", lambda: Weights(rounding="gptq", split=OCS(0.1, quantization_aware=False))),
+    ("rounding", lambda: Weights(rounding="squant", split=OCS(0.1, quantization_aware=False))),
+    ("rounding", lambda: Weights(bits=4, rounding="squant", codebook="nf4")),
     ("split", lambda: Weights(bits=4, codebook="nf4", split=OCS(0.1))),
     ("ranges", lambda: SplitQuant(clusters="row")),
     ("boundaries", lambda: SplitQuant(parts=2, boundaries="optimal")),
