@@ -13,33 +13,18 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import baselines
-import low_bits
 import measure
 import networks
-import torch
-from accuracy import Row, load_smollm2
-from low_bits import Subject
+from accuracy import Row
+from subjects import SUBJECTS, Subject
 from torch import Tensor, nn
 
 import ocsquant
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, SplitQuant, Weights
 from ocsquant.methods.tokens import quantize_tokens
 
-WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
 INPUTS_ALONE = ((4, 0, 4.0), (4, 16, 4.0), (4, 16, 2.0), (4, 32, 2.0), (4, 64, 2.0), (5, 16, 4.0), (5, 32, 2.0))
 THRESHOLDS, OUTLIERS = (2.0, 3.0, 5.0, 6.0, 8.0), (0, 4, 8, 32, 64)
-
-
-def smollm2(short: bool) -> Subject | None:
-    loaded = load_smollm2(SHORT_WINDOWS if short else WINDOWS, CALIBRATION_WINDOWS)
-    if loaded is None:
-        return None
-    model, (windows, seen) = loaded
-
-    def losses(made: Any) -> tuple[Tensor, Tensor]:
-        return networks.window_losses(made, windows)
-
-    return Subject("SmolLM2-135M", model, [window[None] for window in seen], losses, torch.exp, "perplexity")
 
 
 def scored(subject: Subject, what: str, recipe: Recipe, calibration: Iterable[Any] | None = None, **how: Any) -> Row:
@@ -151,7 +136,6 @@ def split_choice(subject: Subject, short: bool) -> Iterator[Row]:
     yield scored(subject, "W6 per tensor, clip mse", Recipe(Weights(6, "tensor", clip="mse"), None), simulate=True)
 
 
-SUBJECTS = {**low_bits.SUBJECTS, "smollm2": smollm2}
 Part = Callable[[Subject, bool], Iterator[Row]]
 PARTS: dict[str, tuple[tuple[str, ...], Part]] = {
     "runtime_ocs": (("minilm", "smollm2"), runtime_ocs),

@@ -1,36 +1,41 @@
-"""What calibration adds to activations of 8 and 6 bits: OutlierTune, SmoothQuant, static scales, beside no data at all.
+"""What calibration adds to quantized activations: OutlierTune, SmoothQuant, static scales, beside no data at all.
 
-MiniLM is calibrated on 128 sentences and scored on others; SmolLM2 on windows 0-15 of wikitext2, scored on 20-31.
-Weights are per output channel, min-max; folded inputs where the plan chose them (the last column counts the layers).
+MiniLM is calibrated on 128 sentences and scored on others, SmolLM2 on windows 0-15 of wikitext2 and scored on 20-31,
+stories260K on training stories and scored on others. Weights are per output channel and min-max unless the row says
+otherwise; the columns are bits a weight and how many layers' inputs were folded. Each score stands with its distance
+from float32 and the standard error of that distance. SmolLM2's weights come from a 4-bit grid (asymmetric groups of 32
+hold it exactly): at 4 bits it says nothing of weights.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import baselines
-import measure
 import networks
-import torch
-from accuracy import Row, load_minilm, load_smollm2, more
+from accuracy import Row
+from subjects import SUBJECTS, Subject, run, stored_bits
 from torch import nn
 
 import ocsquant
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
 
-SENTENCES, SHORT_SENTENCES, CALIBRATION = 2000, 400, 128
-WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
+SCHEMES = ((8, 8), (6, 6), (4, 8))  # bits of weights and of inputs
 SHORT = ("per token, plain", "OutlierTune")
+NAMES = {"minilm": "MiniLM", "smollm2": "SmolLM2-135M", "stories260k": "stories260K"}
+BEST = "SmoothQuant .5, run-time OCS of 32, GPTQ"
 
 
-def recipes(bits: int) -> dict[str, Recipe]:
-    """Names and recipes, at `bits` for weights and activations."""
-    weights, split = Weights(bits), Weights(bits, split=OCS(0.05))
-    return {
+def recipes(weight_bits: int, bits: int) -> dict[str, Recipe]:
+    weights, split = Weights(weight_bits), Weights(weight_bits, split=OCS(0.05))
+    rounded = Weights(weight_bits, clip="output", rounding="gptq")
+    table = {
         "per token, plain": Recipe(weights, PerToken(bits, max_outliers=0)),
         "per token, run-time OCS": Recipe(weights, PerToken(bits)),
-        "per token, run-time OCS, 32 values from twice the root mean square": Recipe(weights, PerToken(bits, 32, 2.0)),
+        "run-time OCS, 32 values from twice the root mean square": Recipe(weights, PerToken(bits, 32, 2.0)),
+        "run-time OCS, weights per tensor": Recipe(Weights(weight_bits, "tensor"), PerToken(bits)),
+        "run-time OCS, weights in groups of 128": Recipe(Weights(weight_bits, "group", 128), PerToken(bits)),
         "per tensor static": Recipe(weights, PerTensorStatic(bits)),
         "SmoothQuant .5, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.5)),
         "SmoothQuant .8, per token": Recipe(weights, Activations(bits, max_outliers=0, smooth_alpha=0.8)),
@@ -44,100 +49,65 @@ def recipes(bits: int) -> dict[str, Recipe]:
         "OutlierTune, run-time OCS": Recipe(weights, PerChannelStatic(bits, max_outliers=16)),
         "OutlierTune, both": Recipe(split, PerChannelStatic(bits, max_outliers=16)),
     }
+    if weight_bits < 8:
+        more = min(bits + 1, 8)
+        table["one bit more: per token, run-time OCS"] = Recipe(Weights(weight_bits + 1), PerToken(more))
+        table["run-time OCS, GPTQ"] = Recipe(rounded, PerToken(bits))
+        table[BEST] = Recipe(rounded, Activations(bits, 32, 2.0, smooth_alpha=0.5))
+    return table
 
 
-def rounded(bits: int) -> dict[str, Recipe]:
-    """With weights that GPTQ rounds, after a clip by the outputs' error."""
-    weights = Weights(bits, clip="output", rounding="gptq")
-    return {
-        "run-time OCS, GPTQ": Recipe(weights, PerToken(bits)),
-        "SmoothQuant .5, run-time OCS of 32, GPTQ": Recipe(weights, Activations(bits, 32, 2.0, smooth_alpha=0.5)),
-    }
+def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
+    exact = subject.score(subject.model)[0]
+    yield Row(subject.name, "float32", f"{exact:.4f} {subject.unit}", "32")
+    batches = list(subject.calibration)
+    with ocsquant.calibrate(subject.model) as statistics:
+        for batch in batches:
+            subject.model(**batch) if isinstance(batch, dict) else subject.model(batch)
+    value: dict[str, float] = {}
 
+    def row(what: str, made: nn.Module, bits: str = "") -> Row:
+        value[what], distance, error = subject.score(made)
+        return Row(subject.name, what, f"{value[what]:.4f} ({distance:+.4f} +- {error:.4f})", bits)
 
-def table(
-    network: str,
-    model: nn.Module,
-    statistics: ocsquant.Statistics,
-    score: Callable[[nn.Module], str],
-    short: bool,
-    batches: list[torch.Tensor],
-) -> Iterator[Row]:
-    for bits in (8, 6):
-        for name, recipe in recipes(bits).items():
-            if short and name not in SHORT:
+    for weight_bits, bits in SCHEMES:
+        scheme = f"W{weight_bits}A{bits}"
+        for name, recipe in recipes(weight_bits, bits).items():
+            if (short or (weight_bits, subject.name) == (4, NAMES["smollm2"])) and name not in SHORT:
                 continue
+            given = batches if recipe.weights.rounding == "gptq" else statistics
             made = ocsquant.quantize(
-                copy.deepcopy(model), recipe, calibration=statistics, filter_fn=networks.no_embedding
+                copy.deepcopy(subject.model), recipe, calibration=given, filter_fn=networks.no_embedding
             )
-            lines = ocsquant.report(made).layers
-            folded = sum(line.kernel == "scale_folded_linear" for line in lines)
-            yield Row(network, f"W{bits}A{bits} {name}", score(made), f"{folded} folded")
-        if short:
+            folded = sum(line.kernel == "scale_folded_linear" for line in ocsquant.report(made).layers)
+            yield row(f"{scheme} {name}", made, f"{stored_bits(made):.2f}, {folded} folded")
+        if short or weight_bits == 4:
             continue
-        for name, recipe in rounded(bits).items() if bits < 8 and batches else ():
-            made = ocsquant.quantize(copy.deepcopy(model), recipe, calibration=batches, filter_fn=networks.no_embedding)
-            yield Row(network, f"W{bits}A{bits} {name}", score(made))
         for outliers, name in ((0, "per token"), (16, "run-time OCS")):
-            recipe = Recipe(Weights(bits), PerToken(bits, max_outliers=outliers))
-            turned = baselines.rotated(copy.deepcopy(model))
+            recipe = Recipe(Weights(weight_bits), PerToken(bits, max_outliers=outliers))
+            turned = baselines.rotated(copy.deepcopy(subject.model))
             made = ocsquant.quantize(turned, recipe, filter_fn=networks.no_embedding)
-            yield Row(network, f"W{bits}A{bits} Hadamard, {name}", score(made))
-        made = baselines.llm_int8(copy.deepcopy(model), bits)
-        yield Row(network, f"W{bits}A{bits} LLM.int8(), threshold 6", score(made))
+            yield row(f"{scheme} Hadamard, {name}", made, f"{stored_bits(made):.2f}")
+        made = baselines.llm_int8(copy.deepcopy(subject.model), bits)
+        yield row(f"{scheme} LLM.int8(), threshold 6", made)
+    if not short:
+        yield from bars_of(subject.name, value)
 
 
-def minilm(short: bool) -> Iterator[Row]:
-    loaded = load_minilm()
-    if loaded is None:
-        return
-    model, tokenizer = loaded
-    count = SHORT_SENTENCES if short else SENTENCES
-    texts = networks.sentences(count + CALIBRATION)
-    step = len(texts) // CALIBRATION
-    seen = texts[::step][:CALIBRATION]
-    others = [text for text in texts if text not in set(seen)]
-    with ocsquant.calibrate(model) as statistics:
-        networks.embed(model, tokenizer, seen)
-    reference = networks.embed(model, tokenizer, others)
-
-    def score(made: nn.Module) -> str:
-        cosine, same = networks.agreement(networks.embed(made, tokenizer, others), reference)
-        return f"cosine {cosine:.5f}, neighbour {100 * same:.1f} %"
-
-    yield from table(f"MiniLM, {len(others)} sentences", model, statistics, score, short, [])
-
-
-def smollm2(short: bool) -> Iterator[Row]:
-    first, last = SHORT_WINDOWS if short else WINDOWS
-    loaded = load_smollm2((first, last), CALIBRATION_WINDOWS)
-    if loaded is None:
-        return
-    model, (windows, seen) = loaded
-    with ocsquant.calibrate(model) as statistics, torch.inference_mode():
-        for window in seen:
-            model(window[None])
-    name = f"SmolLM2-135M, wikitext2 {first}-{last}"
-    fp32 = networks.perplexity(model, windows)
-    yield Row(name, "fp32", f"perplexity {fp32:.3f}")
-
-    def score(made: nn.Module) -> str:
-        value = networks.perplexity(made, windows)
-        return f"perplexity {value:.3f} ({more(fp32, value):+.1f} %)"
-
-    yield from table(name, model, statistics, score, short, [window[None] for window in seen])
-
-
-def main() -> None:
-    options = measure.parser(__doc__)
-    parts: dict[str, Callable[[bool], Iterator[Row]]] = {"minilm": minilm, "smollm2": smollm2}
-    options.add_argument("--only", choices=parts, action="append", help="only this network; may be given again")
-    args = options.parse_args()
-    _, head = measure.start(args)
-    rows = [row for name in args.only or parts for row in parts[name](args.short)]
-    text = measure.table(["network", "recipe", "value", "layers"], [row.cells()[:4] for row in rows])
-    measure.finish("calibrated", head, text, [vars(row) for row in rows])
+def bars_of(network: str, value: dict[str, float]) -> Iterator[Row]:
+    if network == NAMES["minilm"]:
+        got = value["W8A8 OutlierTune"]
+        yield Row(network, "W8A8 OutlierTune", f"{got:.5f}", ">= 0.9985", got >= 0.9985)
+        loss = value["W6A6 per token, plain"] - value["W6A6 OutlierTune"]
+        yield Row(network, "W6A6: plain per token over OutlierTune", f"{loss:+.4f}", "<= 0.005", loss <= 0.005)
+    if network == NAMES["smollm2"]:
+        gain = 100 * (1 - value["W6A6 OutlierTune, weight OCS .05"] / value["W6A6 OutlierTune"])
+        yield Row(network, "W6A6: what weight OCS .05 takes off OutlierTune", f"{gain:.1f} %", ">= 2 %", gain >= 2)
+        for what, most in (("per token, run-time OCS", 21.7), (BEST, 20.8)):
+            got = value[f"W6A6 {what}"]
+            yield Row(network, f"W6A6 {what}", f"{got:.3f}", f"<= {most}", got <= most)
 
 
 if __name__ == "__main__":
-    main()
+    columns = ["network", "recipe", "score", "bits a weight, or bar", "met"]
+    run(__doc__, "calibrated", columns, rows_of, {name: SUBJECTS[name] for name in NAMES})

@@ -12,11 +12,11 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import low_bits
 import networks
 import torch
 from accuracy import Row, load_minilm
-from low_bits import Subject, authors_splitquant
+from low_bits import authors_splitquant
+from subjects import Subject, run, stored_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -127,7 +127,7 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
             simulate=recipe.activations is None,
             filter_fn=networks.no_embedding,
         )
-        yield row(what, made, f"{low_bits.stored_bits(made):.2f}")
+        yield row(what, made, f"{stored_bits(made):.2f}")
     yield row("SplitQuant INT2, the authors' pipeline", authors_splitquant(copy.deepcopy(subject.model)))
 
 
@@ -138,4 +138,4 @@ SUBJECTS: dict[str, Callable[[bool], Subject | None]] = {
 
 
 if __name__ == "__main__":
-    low_bits.run(__doc__, "classifiers", ["texts", "encoder", "score", "bits a weight", ""], rows_of, SUBJECTS)
+    run(__doc__, "classifiers", ["texts", "encoder", "score", "bits a weight", ""], rows_of, SUBJECTS)

@@ -8,23 +8,19 @@ Embeddings and tied heads stay float. What an absent network or text would show 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import baselines
-import measure
 import networks
 import torch
-from accuracy import Row, load_minilm
+from accuracy import Row
+from subjects import FEW_BITS, SUBJECTS, Subject, run, stored_bits
 from torch import Tensor, nn
 
 import ocsquant
 from ocsquant import PerToken, Recipe, SplitQuant, Weights
 from ocsquant.methods.splitquant import cluster_bounds, part_of
 
-SENTENCES, SHORT_SENTENCES, RESAMPLES = 600, 200, 1000
 ROW = {"granularity": "channel"}
 G128 = {"granularity": "group", "group_size": 128, "symmetric": False}
 G64 = {"granularity": "group", "group_size": 64, "symmetric": False}
@@ -35,105 +31,6 @@ WAYS: dict[str, dict[str, str]] = {
     "clip output": {"clip": "output"},
     "GPTQ": {"rounding": "gptq"},
     "GPTQ, clip output": {"clip": "output", "rounding": "gptq"},
-}
-
-
-@dataclass
-class Subject:
-    """A network, what calibrates it, and its score: `losses` gives a sum and a weight per item, `show` a figure."""
-
-    name: str
-    model: nn.Module
-    calibration: Iterable[Any]
-    losses: Callable[[nn.Module], tuple[Tensor, Tensor]]
-    show: Callable[[Tensor], Tensor]  # of mean losses
-    unit: str
-
-    def __post_init__(self) -> None:
-        self.exact = self.losses(self.model)
-
-    def score(self, model: nn.Module) -> tuple[float, float, float]:
-        """The figure, its distance from float32, and that distance's standard error."""
-        losses, weights = self.losses(model)
-        picks = torch.randint(len(losses), (RESAMPLES, len(losses)), generator=torch.Generator().manual_seed(0))
-
-        def distance(index: Tensor) -> Tensor:
-            mean, exact = (v[index].sum(-1) / weights[index].sum(-1) for v in (losses, self.exact[0]))
-            return self.show(mean) - self.show(exact)
-
-        whole = self.show(losses.sum() / weights.sum())
-        return float(whole), float(distance(torch.arange(len(losses)))), float(distance(picks).std())
-
-
-def stories(short: bool) -> Subject | None:
-    loaded = networks.stories260k()
-    if loaded is None:
-        return None
-    model, windows, seen = loaded
-    windows = windows[:30] if short else windows
-    return Subject(
-        "stories260K",
-        model,
-        [ids[None] for ids in seen],
-        lambda m: networks.window_losses(m, windows),
-        torch.exp,
-        "perplexity",
-    )
-
-
-def minilm(short: bool) -> Subject | None:
-    loaded = load_minilm()
-    if loaded is None:
-        return None
-    model, tokenizer = loaded
-    texts = networks.sentences((SHORT_SENTENCES if short else SENTENCES) + 128)
-    seen = texts[:: len(texts) // 128][:128]
-    others = [text for text in texts if text not in set(seen)]
-    batches = [
-        dict(tokenizer(list(seen[i : i + 32]), padding=True, truncation=True, max_length=128, return_tensors="pt"))
-        for i in range(0, 128, 32)
-    ]
-    reference = networks.embed(model, tokenizer, others)
-
-    def losses(made: nn.Module) -> tuple[Tensor, Tensor]:
-        cosine = (networks.embed(made, tokenizer, others) * reference).sum(1).double()
-        return 1 - cosine, torch.ones_like(cosine)
-
-    return Subject("MiniLM", model, batches, losses, lambda mean: 1 - mean, "cosine")
-
-
-def _lstm(
-    name: str, loaded: tuple[Any, Tensor, Tensor] | None, streams: int, show: Callable[[Tensor], Tensor], unit: str
-) -> Subject | None:
-    if loaded is None:
-        return None
-    model, ids, seen = loaded
-
-    def losses(made: Any) -> tuple[Tensor, Tensor]:
-        return networks.stream_losses(made, ids, streams), torch.ones(streams, dtype=torch.float64)
-
-    return Subject(name, model, list(seen.view(20, -1).split(250, dim=1)), losses, show, unit)
-
-
-def ptb(short: bool) -> Subject | None:
-    loaded = networks.ptb()
-    if loaded is not None and short:
-        loaded = loaded[0], loaded[1][:20_000], loaded[2]
-    return _lstm("ptb", loaded, 10, torch.exp, "perplexity")
-
-
-def charrnn(short: bool) -> Subject | None:
-    def bits(mean: Tensor) -> Tensor:
-        return mean / math.log(2)
-
-    return _lstm("charrnn", networks.charrnn(12_000 if short else 120_000), 20, bits, "bits/character")
-
-
-SUBJECTS: dict[str, Callable[[bool], Subject | None]] = {
-    "stories260k": stories,
-    "minilm": minilm,
-    "ptb": ptb,
-    "charrnn": charrnn,
 }
 
 
@@ -193,12 +90,6 @@ def _in_three(values: Tensor, bits: int) -> Tensor:
     return total
 
 
-def stored_bits(made: nn.Module) -> float:
-    """Of a weight, over all layers that were quantized."""
-    done = [line for line in ocsquant.report(made).layers if line.kernel]
-    return 32 * sum(line.bytes_after for line in done) / sum(line.bytes_before for line in done)
-
-
 def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
     figures = {"float32": subject.score(subject.model)}
     yield Row(subject.name, "float32", f"{figures['float32'][0]:.4f} {subject.unit}", "32")
@@ -243,33 +134,6 @@ def bars_of(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
         yield Row(subject.name, what, f"{value[what]:.3f}", f"<= {most}", value[what] <= most)
 
 
-def run(
-    description: str | None,
-    name: str,
-    columns: list[str],
-    rows: Callable[[Subject, bool], Iterable[Row]],
-    subjects: dict[str, Callable[[bool], Subject | None]] = SUBJECTS,
-) -> None:
-    """A table over several subjects as a command."""
-    options = measure.parser(description or "")
-    options.add_argument("--only", choices=subjects, action="append", help="only this one; may be given again")
-    args = options.parse_args()
-    _, head = measure.start(args)
-    found: list[Row] = []
-    for key in args.only or subjects:
-        subject = subjects[key](args.short)
-        if subject is None:
-            print(f"skipped {key}: its network or text is absent")
-            continue
-        for row in rows(subject, args.short):
-            found.append(row)
-            print(" | ".join(row.cells()), flush=True)
-    failed = sum(row.met is False for row in found)
-    text = measure.table(columns, [row.cells() for row in found])
-    bars = sum(row.met is not None for row in found)
-    text += f"\n\n{bars} bars, {failed} missed" if bars else ""
-    measure.finish(name, head, text, [vars(row) for row in found])
-
-
 if __name__ == "__main__":
-    run(__doc__, "low_bits", ["network", "weights", "score", "bits, or bar", "met"], rows_of)
+    columns = ["network", "weights", "score", "bits, or bar", "met"]
+    run(__doc__, "low_bits", columns, rows_of, {name: SUBJECTS[name] for name in FEW_BITS})

@@ -1,6 +1,6 @@
 """What choosing a recipe per layer adds at the bytes of one recipe everywhere, on four pretrained networks.
 
-`ocsquant.search` sees calibration data only; the score is that of other stories, sentences or text (low_bits.py).
+`ocsquant.search` sees calibration data only; the score is that of other stories, sentences or text (subjects.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import networks
 from accuracy import Row
-from low_bits import Subject, run
+from subjects import FEW_BITS, SUBJECTS, Subject, run
 from torch import nn
 
 import ocsquant
@@ -38,4 +38,5 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    run(__doc__, "search", ["network", "recipe", "score", "bar", "met"], rows_of)
+    columns = ["network", "recipe", "score", "bar", "met"]
+    run(__doc__, "search", columns, rows_of, {name: SUBJECTS[name] for name in FEW_BITS})
