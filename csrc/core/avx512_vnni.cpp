@@ -119,8 +119,8 @@ struct Tile {
     const uint8_t *b = block.weights, *next = block.next != nullptr ? block.next : b;
     if constexpr (S::kBytes) {
       for (int64_t g = 0; g < block.groups; ++g, b += kGroupBytes, next += kGroupBytes, a.first += kGroup) {
-        // Few rows read the weights at memory speed, wherever the block ends.
-        fetch(R <= 4 ? b + kPrefetch : next, kVectors, R <= 4);
+        // Few rows leave it to the CPU, which reads bytes faster when it is not told what comes.
+        if constexpr (R > 4) fetch(next, kVectors, false);
         add_group<R, S>(a, b, 0, block.map, c);
       }
     } else if constexpr (R == 1) {
