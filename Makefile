@@ -23,7 +23,7 @@ lint: $(VENV)/.installed
 
 # Speed only; accuracy: benchmarks/tables.py.
 bench: ocsquant/_C.so $(VENV)/.demo
-	for name in linear variants peers small_layers runtime_ocs models recurrent convolution resnet elementwise; do \
+	for name in linear variants peak peers small_layers runtime_ocs models recurrent convolution resnet elementwise; do \
 		echo "== $$name"; $(PY) benchmarks/$$name.py --short || exit 1; done
 
 build: ocsquant/_C.so
