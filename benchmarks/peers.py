@@ -75,21 +75,24 @@ def dynamic(engine: str) -> Peer:
     return Peer(8, prepare, engine=engine, native=True)
 
 
+def frozen(module: nn.Module, x: Tensor) -> Run:
+    """Compiled with its weights as constants."""
+    # Its import registers the passes that fuse the integer product.
+    importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
+    torch._dynamo.reset()
+    torch._inductor.config.freezing = True  # type: ignore[attr-defined]
+    fast = torch.compile(module)
+    fast(x), fast(x)
+    return lambda: fast(x)
+
+
 def torchao(make: Callable[[], Any], bits: int, compiled: bool = False) -> Peer:
     def prepare(layer: nn.Linear, x: Tensor) -> Run:
         from torchao.quantization import quantize_
 
         module = nn.Sequential(copy.deepcopy(layer))
         quantize_(module, make())
-        if not compiled:
-            return lambda: module(x)
-        # Its import registers the passes that fuse the integer product.
-        importlib.import_module("torchao.quantization.pt2e.quantizer.x86_inductor_quantizer")
-        torch._dynamo.reset()
-        torch._inductor.config.freezing = True  # type: ignore[attr-defined]
-        fast = torch.compile(module)
-        fast(x), fast(x)
-        return lambda: fast(x)
+        return frozen(module, x) if compiled else lambda: module(x)
 
     return Peer(bits, prepare, "torchao", native=True)
 
