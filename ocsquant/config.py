@@ -116,9 +116,10 @@ class Weights:
             the outputs, channels weighed by the second moments of their inputs: needs calibration), "aciq" (arXiv
             1810.05723) or "kl" (TensorRT's).
         rounding: "nearest"; "squant" (arXiv 2202.07471): without data, errors cancel over each kernel and output;
-            "auto": "squant" for convolutions, whose inputs are alike from pixel to pixel, where the grid is uniform,
-            "nearest" for the rest; or "gptq" (arXiv 2210.17323): each column makes up for the errors of those before
-            it, on the same grid; needs calibration by batches, which are run again for every 256 MiB of Hessians.
+            "auto": "squant" for convolutions in two and three dimensions, whose inputs are alike from pixel to pixel,
+            where the grid is uniform, "nearest" for the rest; or "gptq" (arXiv 2210.17323): each column makes up for
+            the errors of those before it, on the same grid; needs calibration by batches, which are run again for
+            every 256 MiB of Hessians.
         split: an `OCS`, a `SplitQuant`, or None.
         codebook: None, or 2^bits levels per layer under the scales: "kmeans" (2..6 bits; clip "output" weighs the
             channels) or "nf4" (4 bits; arXiv 2305.14314). Levels are int8 multiples of the scale.
@@ -157,21 +158,21 @@ class Weights:
                 raise ArgumentError("clip", "'none', 'mse' or 'output' where symmetric is False", self.clip)
         naive = self.ocs is not None and not self.ocs.quantization_aware
         if naive and self.rounding not in ("auto", "nearest"):
-            raise ArgumentError("rounding", "'nearest' for naive splits", self.rounding)
+            raise ArgumentError("rounding", "'auto' or 'nearest' for naive splits", self.rounding)
         if self.by_levels and self.rounding == "squant":
-            raise ArgumentError("rounding", "'nearest' or 'gptq' with levels", self.rounding)
+            raise ArgumentError("rounding", "'auto', 'nearest' or 'gptq' with levels", self.rounding)
 
     @property
     def by_levels(self) -> bool:
         """Whether a code is the index of a level instead of a multiple of the scale."""
         return self.codebook is not None or isinstance(self.split, SplitQuant)
 
-    def rounded_by(self, convolution: bool) -> str:
-        """What `rounding` is for a layer of this kind."""
+    def rounded_by(self, image: bool) -> str:
+        """What `rounding` is for a layer; image: a convolution in two or three dimensions."""
         if self.rounding != "auto":
             return self.rounding
         uniform = not self.by_levels and (self.ocs is None or self.ocs.quantization_aware)
-        return "squant" if convolution and uniform else "nearest"
+        return "squant" if image and uniform else "nearest"
 
     @property
     def ocs(self) -> OCS | None:

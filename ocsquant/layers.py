@@ -137,7 +137,7 @@ def plan_from(matrix: Matrix, split: OCS, channels: Iterator[int]) -> ocs.SplitP
 @torch.autocast("cpu", enabled=False)
 def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     """The codes of one weight, clipped after splitting."""
-    grid, rounding = _nearest(matrix, weights, plan), weights.rounded_by(len(matrix.shape) > 2)
+    grid, rounding = _nearest(matrix, weights, plan), weights.rounded_by(image=len(matrix.shape) > 3)
     if rounding == "gptq" and matrix.hessian is not None:
         return gptq(matrix.values, grid, matrix.inverse_factor)
     return squant(matrix.values, grid, matrix.positions) if rounding == "squant" else grid

@@ -36,7 +36,7 @@ def convolution_pays(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     if "vnni" in cpu_isa()[0]:
         return min(inputs, outputs) >= SMALLEST_VNNI
     if module.kernel_size.count(1) == len(module.kernel_size):
-        last = module.weight.dim() == 4 and module.weight.stride(3) == module.in_channels > 1  # so is its input, then
+        last = module.weight.dim() > 3 and module.weight.stride(-1) == inputs > 1  # so is its input, then
         smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST
         return inputs >= smallest_in and outputs >= smallest_out
     smallest_in, smallest_out = SMALLEST_CHANNELS
@@ -57,7 +57,7 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
         outputs, channels = module.out_channels // module.groups, module.in_channels // module.groups
         size = f"{outputs} outputs of {channels} channels" + (" in each group" if module.groups > 1 else "")
         if recipe.weights.granularity == "group" and recipe.weights.group_size < depths[0]:
-            return "no integer kernel for groups in convolutions yet: use simulate=True for its accuracy"
+            return "no integer kernel for group scales in convolutions yet: use simulate=True for its accuracy"
     else:
         assert isinstance(module, nn.RNNBase)
         gates = recurrent_form(module).gates

@@ -297,11 +297,11 @@ def squant(errors: list[list[float]]) -> list[list[int]]:
     total = sum(sums)
     free = []
     for c, (kernel, moved) in enumerate(zip(errors, moves, strict=True)):
-        candidates = [i for i in range(len(kernel)) if not moved[i] and kernel[i] * sign(total) > 0]
-        if candidates:
-            free.append((-sign(total) * sums[c], c, max(candidates, key=lambda i: kernel[i] * sign(total))))
+        left = [(error - move) * sign(total) for error, move in zip(kernel, moved, strict=True)]
+        if max(left) > 0:
+            free.append((-sign(total) * sums[c], c, left.index(max(left))))
     for _, c, i in sorted(free)[: round(abs(total))]:
-        moves[c][i] = sign(total)
+        moves[c][i] += sign(total)
     return moves
 
 

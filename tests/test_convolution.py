@@ -157,6 +157,8 @@ MODULES = {
     "3d, groups, same": (lambda: nn.Conv3d(6, 20, (4, 3, 2), padding="same", groups=2), (2, 6, 5, 6, 7)),
     "3d, circular": (lambda: nn.Conv3d(6, 20, 3, padding=1, padding_mode="circular"), (2, 6, 5, 6, 7)),
     "3d, pointwise": (lambda: nn.Conv3d(6, 20, 1), (2, 6, 5, 6, 7)),
+    "3d, pointwise, padded": (lambda: nn.Conv3d(6, 20, 1, padding=1, padding_mode="circular"), (2, 6, 5, 6, 7)),
+    "3d, a plane of one": (lambda: nn.Conv3d(6, 20, (1, 4, 4)), (2, 6, 5, 4, 4)),
     "3d, pointwise, strided": (lambda: nn.Conv3d(6, 20, 1, (2, 1, 1)), (2, 6, 5, 6, 7)),
     "3d, one sample": (lambda: nn.Conv3d(6, 20, 2), (6, 5, 6, 7)),
     "one sample": (lambda: nn.Conv2d(6, 20, 3), (6, 9, 8)),
@@ -320,7 +322,7 @@ def test_wrong_calls_name_the_argument():
     ("module", "recipe", "reason"),
     [
         (nn.Conv2d(64, 64, 3, groups=64), "W8A8", "too small to gain: 1 outputs of 1 channels in each group"),
-        (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for groups in convolutions"),
+        (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for group scales in convolutions"),
         (nn.Conv2d(64, 128, 3), Recipe(activations=ocsquant.PerTensorStatic()), "Conv2d with calibrated inputs"),
         (nn.Conv2d(3, 64, 3), "W8A8", "too small to gain"),
     ],

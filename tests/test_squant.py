@@ -87,10 +87,10 @@ def test_flat_positive_images_lose_less(bits):
     assert errors["squant"] < 0.6 * errors["nearest"]
 
 
-def test_auto_is_squant_for_convolutions_alone():
+def test_auto_is_squant_for_convolutions_of_images_alone():
     torch.manual_seed(0)
     for layer, kind in (
-        (nn.Conv1d(32, 16, 3), "squant"),
+        (nn.Conv1d(32, 16, 3), "nearest"),
         (nn.Conv3d(8, 16, 2), "squant"),
         (nn.Linear(64, 64), "nearest"),
     ):
@@ -101,8 +101,8 @@ def test_auto_is_squant_for_convolutions_alone():
         assert torch.equal(made[0], made[1] if kind == "squant" else made[2])
         assert not torch.equal(made[1], made[2])
     for weights in (Weights(2, split=SplitQuant()), Weights(split=OCS(0.1, quantization_aware=False))):
-        assert weights.rounded_by(convolution=True) == "nearest"
-    assert Weights(4, split=OCS(0.1)).rounded_by(convolution=True) == "squant"
+        assert weights.rounded_by(image=True) == "nearest"
+    assert Weights(4, split=OCS(0.1)).rounded_by(image=True) == "squant"
 
 
 def test_the_integer_convolution_has_these_codes():

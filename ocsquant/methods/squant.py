@@ -2,7 +2,8 @@
 
 SQuant (Guo et al. 2022, arXiv 2202.07471), algorithms 1 to 4: starting from the nearest codes, those with the largest
 errors take their other neighbour until the errors of each kernel, then those of each output (of each of its groups of
-one scale) add up to at most half a step. Neighbouring pixels and positive inputs make sums of errors count.
+one scale) add up to at most half a step; a move over a kernel may be taken back for that. Neighbouring pixels and
+positive inputs make sums of errors count; where inputs are neither, rounding to nearest leaves less.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _rows(w: Tensor, grid: QuantizedWeight, positions: int) -> Tensor:
     error = (codes - place).masked_fill(blocked(torch.ones(1, k), grid.group_size) == 0, 0.0)
     error = error.unflatten(-1, (-1, positions))
     moves = _over_kernels(error) if positions > 1 else torch.zeros_like(error)
-    moves += _over_outputs(error - moves, moves != 0)
+    moves += _over_outputs(error - moves)
     return (codes - moves.reshape(codes.shape)).reshape(n, -1)[:, :k].to(torch.int16)
 
 
@@ -47,12 +48,12 @@ def _over_kernels(error: Tensor) -> Tensor:
     return _largest(error * total.sign()[..., None], total.abs().round()) * total.sign()[..., None]
 
 
-def _over_outputs(error: Tensor, moved: Tensor) -> Tensor:
-    """The same for an output's sum: one error each of the kernels that have most of it, none that was moved before."""
+def _over_outputs(error: Tensor) -> Tensor:
+    """The same for an output's sum: the largest error of each of the kernels that have most of it."""
     kernels = error.sum(-1)
     total = kernels.sum(-1)
     sign = total.sign()[..., None]
-    largest, at = (error * sign[..., None]).masked_fill(moved, -1.0).max(-1)
+    largest, at = (error * sign[..., None]).max(-1)
     share = (kernels * sign).masked_fill(largest <= 0, -torch.inf)
     chosen = _largest(share, total.abs().round()) * (largest > 0) * sign
     return torch.zeros_like(error).scatter_(-1, at[..., None], chosen[..., None])

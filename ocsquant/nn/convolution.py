@@ -104,8 +104,8 @@ class QuantizedConv(Quantized):
     def _integer(self, input: Tensor) -> Tensor:
         dims, p = len(self.kernel_size), self.product
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
-        samples, planes = x.shape[0], x.shape[2:4]
         x = self._padded(x if x.dtype == torch.float32 else x.float())
+        samples, planes, last = x.shape[0], x.shape[2:4], dims == 3 and _is_last(x)
         if dims == 1:
             x = x.unsqueeze(2)
         elif self._flat:
@@ -126,7 +126,7 @@ class QuantizedConv(Quantized):
             y = y.unflatten(2, planes)
         elif dims == 3:
             y = y.unflatten(0, (samples, frames)).transpose(1, 2)
-            y = y if _is_last(y) else y.contiguous()
+            y = y if last else y.contiguous()
         y = y if input.dim() == dims + 2 else y.squeeze(0)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
 
