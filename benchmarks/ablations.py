@@ -16,7 +16,7 @@ import baselines
 import measure
 import networks
 from accuracy import Row
-from subjects import SUBJECTS, Subject
+from subjects import SUBJECTS, Subject, shown
 from torch import Tensor, nn
 
 import ocsquant
@@ -35,8 +35,7 @@ def scored(subject: Subject, what: str, recipe: Recipe, calibration: Iterable[An
 
 
 def score(subject: Subject, what: str, model: nn.Module) -> Row:
-    value, distance, error = subject.score(model)
-    return Row(subject.name, what, f"{value:.4f} ({distance:+.4f} +- {error:.4f})")
+    return Row(subject.name, what, shown(subject.score(model)))
 
 
 def runtime_ocs(subject: Subject, short: bool) -> Iterator[Row]:

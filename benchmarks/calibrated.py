@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import baselines
 import networks
 from accuracy import Row
-from subjects import SUBJECTS, Subject, run, stored_bits
+from subjects import SUBJECTS, Subject, run, shown, stored_bits
 from torch import nn
 
 import ocsquant
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
+from ocsquant.inputs import run_batches
 
 SCHEMES = ((8, 8), (6, 6), (4, 8))  # bits of weights and of inputs
 SHORT = ("per token, plain", "OutlierTune")
@@ -62,13 +63,13 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
     yield Row(subject.name, "float32", f"{exact:.4f} {subject.unit}", "32")
     batches = list(subject.calibration)
     with ocsquant.calibrate(subject.model) as statistics:
-        for batch in batches:
-            subject.model(**batch) if isinstance(batch, dict) else subject.model(batch)
+        run_batches(subject.model, batches)
     value: dict[str, float] = {}
 
     def row(what: str, made: nn.Module, bits: str = "") -> Row:
-        value[what], distance, error = subject.score(made)
-        return Row(subject.name, what, f"{value[what]:.4f} ({distance:+.4f} +- {error:.4f})", bits)
+        figures = subject.score(made)
+        value[what] = figures[0]
+        return Row(subject.name, what, shown(figures), bits)
 
     for weight_bits, bits in SCHEMES:
         scheme = f"W{weight_bits}A{bits}"

@@ -14,7 +14,7 @@ import baselines
 import networks
 import torch
 from accuracy import Row
-from subjects import FEW_BITS, SUBJECTS, Subject, run, stored_bits
+from subjects import FEW_BITS, SUBJECTS, Subject, run, shown, stored_bits
 from torch import Tensor, nn
 
 import ocsquant
@@ -95,8 +95,8 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
     yield Row(subject.name, "float32", f"{figures['float32'][0]:.4f} {subject.unit}", "32")
 
     def row(what: str, model: nn.Module, bits: str) -> Row:
-        figures[what] = value, distance, error = subject.score(model)
-        return Row(subject.name, what, f"{value:.4f} ({distance:+.4f} +- {error:.4f})", bits)
+        figures[what] = subject.score(model)
+        return Row(subject.name, what, shown(figures[what]), bits)
 
     for what, recipe in recipes(short).items():
         made = ocsquant.quantize(

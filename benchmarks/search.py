@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import networks
 from accuracy import Row
-from subjects import FEW_BITS, SUBJECTS, Subject, run
+from subjects import FEW_BITS, SUBJECTS, Subject, run, shown
 from torch import nn
 
 import ocsquant
@@ -32,9 +32,9 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
         everywhere = subject.score(quantized(table.candidates[name]))
         chosen = subject.score(quantized(ocsquant.search(subject.model, table, bits)))
         change = 100 * (chosen[1] / everywhere[1] - 1)
-        shown = [f"{value:.4f} ({distance:+.4f} +- {error:.4f})" for value, distance, error in (everywhere, chosen)]
-        yield Row(subject.name, f"{name} everywhere, {bits:.2f} bits", shown[0])
-        yield Row(subject.name, "search at the same bytes", f"{shown[1]}: {change:+.0f} % loss", "<= 0 %", change <= 0)
+        yield Row(subject.name, f"{name} everywhere, {bits:.2f} bits", shown(everywhere))
+        found = f"{shown(chosen)}: {change:+.0f} % loss"
+        yield Row(subject.name, "search at the same bytes", found, "<= 0 %", change <= 0)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ class Subject:
         return float(whole), float(distance(torch.arange(len(losses)))), float(distance(picks).std())
 
 
+def shown(figures: tuple[float, float, float]) -> str:
+    """What `Subject.score` gives, as text."""
+    value, distance, error = figures
+    return f"{value:.4f} ({distance:+.4f} +- {error:.4f})"
+
+
 def stories(short: bool) -> Subject | None:
     loaded = networks.stories260k()
     if loaded is None:

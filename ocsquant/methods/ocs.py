@@ -118,23 +118,22 @@ def splits_by_gain(
     rounding, step^2 / 12 for every weight of a block; with clipping, what the threshold cuts off, found anew as it
     moves. moments: [1 or n, channels], what an error of each channel counts under clip "output".
     """
-    if clip == "none":
-        yield from _gain_of_steps(magnitude, bits, granularity, group_size, limit)
-    else:
-        yield from _gain_of_clipping(magnitude, bits, granularity, group_size, clip, limit, moments)
-
-
-def _gain_of_steps(
-    magnitude: Tensor, bits: int, granularity: str, group_size: int, limit: int
-) -> Iterator[tuple[int, float]]:
-    n, channels = magnitude.shape
-    if granularity == "tensor":
-        magnitude = magnitude.amax(0, keepdim=True)
+    whole, channels = granularity == "tensor", magnitude.shape[1]
     size = min(group_size, channels) if granularity == "group" else channels
+    if clip == "none":
+        yield from _gain_of_steps(magnitude, bits, whole, size, limit)
+    else:
+        yield from _gain_of_clipping(magnitude, bits, whole, size, clip, limit, moments)
+
+
+def _gain_of_steps(magnitude: Tensor, bits: int, whole: bool, size: int, limit: int) -> Iterator[tuple[int, float]]:
+    n, channels = magnitude.shape
+    if whole:
+        magnitude = magnitude.amax(0, keepdim=True)
     copies = torch.ones(channels)
     share = blocked(magnitude.clone(), size)  # [rows, groups, size]
     offset = torch.arange(share.shape[1]) * size
-    weight = size * (n if granularity == "tensor" else 1) / (12 * (2 ** (bits - 1) - 1) ** 2)
+    weight = size * (n if whole else 1) / (12 * (2 ** (bits - 1) - 1) ** 2)
     first = torch.arange(channels) // size
     top, at = share.topk(min(2, size), dim=-1)
     while True:
@@ -158,24 +157,18 @@ def _gain_of_steps(
 
 
 def _gain_of_clipping(
-    magnitude: Tensor,
-    bits: int,
-    granularity: str,
-    group_size: int,
-    clip: str,
-    limit: int,
-    moments: Tensor | None,
+    magnitude: Tensor, bits: int, whole: bool, size: int, clip: str, limit: int, moments: Tensor | None
 ) -> Iterator[tuple[int, float]]:
     n, channels = magnitude.shape
-    size = min(group_size, channels) if granularity == "group" else channels
     copies = torch.ones(channels)
     counts = torch.ones_like(magnitude) if moments is None else moments.expand_as(magnitude)
+    counted = blocked(counts, size)
     # The threshold moves slowly: it is searched again after every eighth of a percent of the channels.
     batch = max(1, channels // 800)
     while True:
         wide = blocked(copies.expand(n, channels).contiguous(), size)
         share = blocked(magnitude / copies, size)
-        threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor", blocked(counts, size))
+        threshold = clip_threshold(share, wide, bits, clip, whole, counted)
         bound = threshold[:, :, None].expand_as(share).reshape(n, -1)[:, :channels]
         lost = (magnitude - copies * bound).clamp(min=0).square()
         after = (magnitude - (copies + 1) * bound).clamp(min=0).square()
