@@ -21,10 +21,10 @@ lint: $(VENV)/.installed
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
 
-# Speed only; accuracy: benchmarks/tables.py.
+# Speed only; accuracy: python -m benchmarks.accuracy.
 bench: ocsquant/_C.so $(VENV)/.demo
 	for name in linear variants peak peers small_layers runtime_ocs models recurrent convolution resnet elementwise; do \
-		echo "== $$name"; $(PY) benchmarks/$$name.py --short || exit 1; done
+		echo "== $$name"; $(PY) -m benchmarks.$$name --short || exit 1; done
 
 build: ocsquant/_C.so
 

@@ -11,14 +11,13 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import images
-import measure
 import torch
-from measure import Call
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ocsquant
+from benchmarks import darknet, measure
+from benchmarks.measure import Call
 from ocsquant.suitability import convolution_pays
 
 # Channels in and out, pixels a side, kernel, stride: those of a ResNet-50 and of smaller networks.
@@ -78,12 +77,12 @@ def layer_rows(short: bool, repetitions: int) -> Iterator[list[Any]]:
 
 
 def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
-    model, loaded = images.darknet_tiny(), images.image_sample()
+    model, loaded = darknet.darknet_tiny(), darknet.image_sample()
     if model is None or loaded is None:
         print("skipped darknet_tiny: its weights, the images or Pillow are absent")
         return []
-    pictures, classes = (part[-(images.SHORT_IMAGES if short else images.IMAGES) :] for part in loaded)
-    every = ocsquant.quantize(copy.deepcopy(model), ignore=[images.FIRST], overrides={"*": "W8A8"})
+    pictures, classes = (part[-(darknet.SHORT_IMAGES if short else darknet.IMAGES) :] for part in loaded)
+    every = ocsquant.quantize(copy.deepcopy(model), ignore=[darknet.FIRST], overrides={"*": "W8A8"})
     networks = {"float32": model, "every convolution but the first": every}
     speed: dict[str, str] = dict.fromkeys(networks, "")
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -95,7 +94,7 @@ def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
             speed[name] += f"{measure.ratio(times['float32'], times[name])} "
     rows = []
     for name, network in networks.items():
-        got = images.scores(copy.deepcopy(network), pictures)
+        got = darknet.scores(copy.deepcopy(network), pictures)
         right = 100 * float((got.argmax(1) == classes).double().mean())
         rows.append([name, f"{right:.1f} %", f"{float(F.cross_entropy(got, classes)):.4f}", speed[name].strip()])
     return rows

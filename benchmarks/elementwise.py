@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import measure
 import torch
-from measure import Call
 from torch import Tensor
 
+from benchmarks import measure
+from benchmarks.measure import Call
 from ocsquant import ops
 
 BITS, LIMIT = 4, 7

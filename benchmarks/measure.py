@@ -23,11 +23,11 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import plots
 import torch
 from torch import nn
 
 import ocsquant
+from benchmarks import plots
 
 RESULTS = Path(__file__).parent / "results"
 BLOCK = 4e-3  # seconds of calls in one visit: far above the clock's resolution, far below a scheduler's patience

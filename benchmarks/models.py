@@ -17,13 +17,12 @@ import sys
 import time
 from typing import Any
 
-import measure
-import networks
 import torch
-from measure import Call
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.measure import Call
 from ocsquant import Recipe, Weights
 
 OURS = ("ocsquant", "ocsquant, fused")
@@ -101,7 +100,7 @@ def alone(args: argparse.Namespace, repetitions: int) -> tuple[str, dict[str, di
     times: dict[str, dict[str, list[float]]] = {f"{b}x{n}": {name: [] for name in names} for b, n in shapes}
     for _ in range(2 if args.short else 5):
         for name in names:
-            command = [sys.executable, __file__, "--threads", str(args.threads), "--one", name]
+            command = [sys.executable, "-m", __spec__.name, "--threads", str(args.threads), "--one", name]
             command += ["--repetitions", str(repetitions)] + ["--short"] * args.short
             found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             for shape, seconds in json.loads(found).items():

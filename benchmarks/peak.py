@@ -19,13 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from linear import COLD_BYTES, SCHEMES
-from measure import Call, Ratio
 from torch import nn
 
 import ocsquant
+from benchmarks import measure
+from benchmarks.linear import COLD_BYTES, SCHEMES
+from benchmarks.measure import Call, Ratio
 
 WIDTHS = {8: "W8A8", 4: "W4", 2: "W2"}
 SIZES, TOKENS, SCALING_TOKENS = (768, 2048, 4096), (16, 128, 1024), (16, 128, 1024)

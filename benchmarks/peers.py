@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from measure import Call
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure
+from benchmarks.measure import Call
 from ocsquant import Recipe, Weights
 
 SIZES = ((768, 768), (3072, 768), (2048, 2048), (4096, 4096))  # outputs, inputs

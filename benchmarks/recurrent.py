@@ -11,13 +11,12 @@ import copy
 import math
 from typing import Any
 
-import measure
-import networks
 import torch
-from measure import Call
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.measure import Call
 from ocsquant import Recipe, Weights
 
 FOUR_BITS = Recipe(Weights(bits=4))

@@ -11,13 +11,13 @@ import copy
 import warnings
 from typing import Any
 
-import measure
 import torch
-from measure import Call
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import ocsquant
+from benchmarks import measure
+from benchmarks.measure import Call
 from ocsquant.nn import QuantizedConv
 
 WIDTHS, DEPTHS = (64, 128, 256, 512), (3, 4, 6, 3)

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import measure
-import networks
 import torch
-from measure import Call
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.measure import Call
 from ocsquant.methods.tokens import quantize_tokens
 
 TOKENS, SHORT_TOKENS = (1, 128, 1024), (1, 128)

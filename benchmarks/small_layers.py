@@ -9,12 +9,12 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-import measure
 import torch
-from measure import Call
 from torch import nn
 
 import ocsquant
+from benchmarks import measure
+from benchmarks.measure import Call
 from ocsquant.methods.grid import quantize_weight
 from ocsquant.nn import QuantizedLinear
 from ocsquant.suitability import pays

@@ -10,13 +10,13 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import measure
 import torch
-from measure import Call
-from networks import Llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import measure
+from benchmarks.measure import Call
+from benchmarks.networks import Llama
 from ocsquant import qat
 
 # width, hidden, layers, heads, batch, length

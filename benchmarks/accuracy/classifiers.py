@@ -12,15 +12,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import networks
 import torch
-from accuracy import Row, load_minilm
-from low_bits import authors_splitquant
-from subjects import Subject, run, stored_bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ocsquant
+from benchmarks import networks
+from benchmarks.accuracy.low_bits import authors_splitquant
+from benchmarks.accuracy.subjects import Row, Subject, load_minilm, run, stored_bits
 from ocsquant import PerToken, Recipe, SplitQuant, Weights
 
 TRAIN, TEST, SHORT_TRAIN, SHORT_TEST = 4000, 1000, 500, 200

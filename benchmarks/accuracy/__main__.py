@@ -1,10 +1,10 @@
-"""Every accuracy table with one command: runs accuracy.py, images.py, low_bits.py, calibrated.py, classifiers.py,
-ablations.py, search.py and qat.py.
+"""Every accuracy table with one command, python -m benchmarks.accuracy: each module of this folder that prints one.
 
 Each is a process on one thread, as many at once as there are cores; what it prints goes to benchmarks/results/NAME.log.
 A table that this tree has finished already is not run again, so an interrupted run goes on where it stopped; --again
-begins anew. At the end benchmarks/results/report.md and report.json hold all tables, with the time each took. What a
-table needs and does not find (a network, a text, Pillow) it says itself and leaves out.
+begins anew. The tables of methods that need no training are the default, --full adds the table of training. At the end
+benchmarks/results/report.md and report.json hold all tables, with the time each took. What a table needs and does not
+find (a network, a text, Pillow) it says itself and leaves out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+from benchmarks.measure import RESULTS
+
+ROOT = Path(__file__).parents[2]
 # In the order of the report, with about how many minutes each takes: the longest begin first.
 TABLES = {
-    "accuracy": 2,
+    "defaults": 2,
     "images": 14,
     "low_bits": 19,
     "calibrated": 28,
@@ -33,13 +34,14 @@ TABLES = {
     "search": 5,
     "qat": 21,
 }
+FULL = ("qat",)
 
 
 def tree() -> str:
     """What the tables depend on: every source file of the package, its kernels and the benchmarks."""
     digest = hashlib.sha256()
-    for folder in (HERE, HERE.parent / "ocsquant", HERE.parent / "csrc"):
-        for path in sorted(folder.rglob("*")):
+    for folder in ("benchmarks", "ocsquant", "csrc"):
+        for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix in (".py", ".cpp", ".h") and "results" not in path.parts:
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -51,10 +53,10 @@ def run(table: str, short: bool) -> dict[str, Any]:
     begin, since = time.monotonic(), time.time()
     log = RESULTS / f"{table}.log"
     with log.open("w") as printed:
-        command = [sys.executable, "-u", str(HERE / f"{table}.py"), *(["--short"] if short else [])]
-        code = subprocess.run(command, check=False, stdout=printed, stderr=subprocess.STDOUT).returncode
+        command = [sys.executable, "-u", "-m", f"{__package__}.{table}", *(["--short"] if short else [])]
+        code = subprocess.run(command, check=False, stdout=printed, stderr=subprocess.STDOUT, cwd=ROOT).returncode
     if code != 0:
-        raise RuntimeError(f"{table}.py ended with {code}, see {log}; run this again to go on from here")
+        raise RuntimeError(f"{table} ended with {code}, see {log}; run this again to go on from here")
     written = {kind: RESULTS / f"{table}.{kind}" for kind in ("md", "json")}
     fresh = all(path.exists() and path.stat().st_mtime >= since for path in written.values())
     return {
@@ -86,6 +88,7 @@ def run_all(tables: list[str], short: bool, jobs: int, done: dict[str, Any], rec
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--short", action="store_true", help="fewer rows and less text: a smoke run, not a result")
+    options.add_argument("--full", action="store_true", help="also the tables that train: " + ", ".join(FULL))
     options.add_argument("--again", action="store_true", help="run what is finished, too")
     options.add_argument("--only", choices=TABLES, action="append", help="only this table; may be given again")
     options.add_argument("--jobs", type=int, default=os.cpu_count(), help="tables at once (default: one for each core)")
@@ -96,7 +99,9 @@ def main() -> None:
     if record.exists() and not args.again:
         before = json.loads(record.read_text())
         done = before if before["tree"] == done["tree"] else done
-    wanted = sorted(args.only or TABLES, key=TABLES.__getitem__, reverse=True)
+    wanted = sorted(
+        args.only or [t for t in TABLES if args.full or t not in FULL], key=TABLES.__getitem__, reverse=True
+    )
     for table in wanted:
         if table in done["tables"]:
             print(f"{table}: finished already in {done['tables'][table]['minutes']:.1f} minutes")

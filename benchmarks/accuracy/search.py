@@ -8,12 +8,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import networks
-from accuracy import Row
-from subjects import FEW_BITS, SUBJECTS, Subject, run, shown
 from torch import nn
 
 import ocsquant
+from benchmarks import networks
+from benchmarks.accuracy.subjects import FEW_BITS, SUBJECTS, Row, Subject, run, shown
 from ocsquant import Recipe
 
 AGAINST, SHORT = ("W4 k-means", "W4 g64", "W5"), ("W4 k-means",)  # 4.3 to 5.5 bits

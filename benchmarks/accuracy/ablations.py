@@ -12,14 +12,12 @@ import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import baselines
-import measure
-import networks
-from accuracy import Row
-from subjects import SUBJECTS, Subject, shown
 from torch import Tensor, nn
 
 import ocsquant
+from benchmarks import measure, networks
+from benchmarks.accuracy import baselines
+from benchmarks.accuracy.subjects import SUBJECTS, Row, Subject, shown
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, SplitQuant, Weights
 from ocsquant.methods.tokens import quantize_tokens
 

@@ -12,13 +12,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 
-import baselines
-import networks
-from accuracy import Row
-from subjects import SUBJECTS, Subject, run, shown, stored_bits
 from torch import nn
 
 import ocsquant
+from benchmarks import networks
+from benchmarks.accuracy import baselines
+from benchmarks.accuracy.subjects import SUBJECTS, Row, Subject, run, shown, stored_bits
 from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights
 from ocsquant.inputs import run_batches
 

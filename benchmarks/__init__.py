@@ -1,0 +1,1 @@
+"""Tables of speed, each a module to run: python -m benchmarks.linear. Accuracy: python -m benchmarks.accuracy."""
