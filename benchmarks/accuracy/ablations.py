@@ -153,7 +153,7 @@ def main() -> None:
     made: dict[str, Subject | None] = {}
     for part in args.only or PARTS:
         keys, rows_of = PARTS[part]
-        for key in keys:
+        for key in keys[:1] if args.short else keys:
             subject = made[key] if key in made else made.setdefault(key, SUBJECTS[key](args.short))
             if subject is None:
                 print(f"skipped {part} of {key}: its network or text is absent")

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ocsquant.methods.clip import clip_range
 from ocsquant.methods.grid import blocked, code_limit, quantize_weight
 
+CLIPPED = 1 << 16  # values that choose a clip
 TOKENS = 512  # of a layer's inputs that AWQ's search looks at
 AWQ_STEPS = 20
 HQQ_STEPS, HQQ_NORM, HQQ_BETA, HQQ_GROWTH = 20, 0.7, 10.0, 1.01  # as its authors set them
@@ -201,21 +203,32 @@ class Shift(nn.Module):
         return x + self.shift
 
 
-def with_inputs(model: nn.Module, quantize: Callable[[Tensor], Tensor]) -> nn.Module:
-    """Every linear of the tables multiplies what `quantize` makes of its input [tokens, channels]."""
+def with_inputs(model: nn.Module, quantize: Callable[[Tensor], Tensor], skip: str = "") -> nn.Module:
+    """Every linear of the tables, and every convolution but the one named `skip`, multiplies what `quantize` makes of
+    its input [tokens or pixels, channels].
+    """
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        x = args[0]
-        return (quantize(x.reshape(-1, x.shape[-1])).reshape(x.shape),)
+        channel = 1 if isinstance(module, nn.Conv2d) else -1
+        x = args[0].movedim(channel, -1)
+        return (quantize(x.reshape(-1, x.shape[-1])).reshape(x.shape).movedim(-1, channel),)
 
-    for _, _, module in linears(model):
+    found = [module for _, _, module in linears(model)]
+    found += [m for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and name != skip]
+    for module in found:
         module.register_forward_pre_hook(hook)
     return model
 
 
-def in_range(x: Tensor, bits: int) -> Tensor:
-    """Rounded to 2^bits levels between the least and the largest of these values, 0 among them."""
+def in_range(x: Tensor, bits: int, clip: str = "none") -> Tensor:
+    """Rounded to 2^bits levels between the least and the largest of these values, 0 among them; with clip "mse" between
+    the ends that leave the least squared error of some of them.
+    """
     low, high = x.min().clamp(max=0.0), x.max().clamp(min=0.0)
+    some = x.reshape(-1)[:: max(1, x.numel() // CLIPPED)]
+    low, high = (
+        end.reshape(()) for end in clip_range(some[None, None], low[None, None], high[None, None], bits, clip, None)
+    )
     step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
     return ((x / step).round() - (low / step).round()).clamp(0, 2**bits - 1) * step + (low / step).round() * step
 
@@ -225,10 +238,11 @@ def channel_parts(bits: int, parts: int) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.cat([in_range(part, bits) for part in x.tensor_split(parts, 1)], 1)
 
 
-def oracle_ocs(bits: int, ratio: float) -> Callable[[Tensor], Tensor]:
+def oracle_ocs(bits: int, ratio: float, symmetric: bool = True) -> Callable[[Tensor], Tensor]:
     """Activation OCS (arXiv 1901.09504) that knows the batch: its largest channels are halved, one step for all.
 
-    A channel's two copies hold a half each, so that its sum lies on a grid of twice the range.
+    A channel's two copies hold a half each, so that its sum lies on a grid of twice the range. symmetric: codes from
+    -Q to Q; else 2^bits codes between the ends that the copies need.
     """
 
     def quantize(x: Tensor) -> Tensor:
@@ -236,7 +250,11 @@ def oracle_ocs(bits: int, ratio: float) -> Callable[[Tensor], Tensor]:
         copies = torch.ones_like(largest)
         for _ in range(math.ceil(ratio * x.shape[1])):
             copies[(largest / copies).argmax()] += 1
-        step = ((largest / copies).max() / code_limit(bits)).clamp(min=1e-12)
-        return (x / step).round() * step
+        if symmetric:
+            step = (largest / copies).max() / code_limit(bits)
+        else:
+            high, low = (x.amax(0) / copies).max().clamp(min=0.0), (x.amin(0) / copies).min().clamp(max=0.0)
+            step = (high - low) / (2**bits - 1)
+        return (x / step.clamp(min=1e-12)).round() * step
 
     return quantize

@@ -1,8 +1,9 @@
 """Outlier channel splitting on a convolutional network, as the paper's tables have it: bits, clips and ratios.
 
-Darknet's "Tiny" ImageNet classifier on 500 images, weights quantized, activations and first layer float; beside OCS and
-grids stand SQuant's rounding, and the equalization and bias correction of Data-Free Quantization. Each row has
-top-1 accuracy, cross-entropy, and the standard error of the difference in accuracy from float32 (paired over images).
+Darknet's "Tiny" ImageNet classifier on 500 images, its first layer float. Rows W quantize weights alone; beside OCS and
+grids stand SQuant's rounding, and the equalization and bias correction of Data-Free Quantization. Rows A quantize
+inputs alone, rows WxAy both with the integer kernels. Each row has top-1 accuracy, cross-entropy, and the standard
+error of the difference in accuracy from float32 (paired over images).
 Needs the evaluation data and Pillow; says so where they are absent.
 """
 
@@ -10,19 +11,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import ocsquant
 from benchmarks import measure
 from benchmarks.accuracy import baselines
-from benchmarks.accuracy.subjects import Row
+from benchmarks.accuracy.subjects import Row, stored_bits
 from benchmarks.darknet import FIRST, IMAGES, SHORT_IMAGES, darknet_tiny, image_sample, scores
-from ocsquant import OCS, Recipe, Weights
+from ocsquant import OCS, PerToken, Recipe, Weights
 
 CALIBRATION = 64
+BARS = ("W5 per tensor, clip mse", "W5 per tensor, OCS 0.02, clip mse")
 
 
 def recipes() -> dict[str, Weights]:
@@ -65,6 +68,17 @@ def neighbours() -> dict[str, Weights]:
     }
 
 
+def inputs() -> dict[str, Callable[[Tensor], Tensor]]:
+    """One range for a batch of images, as in the paper; its channels to split and its clip are chosen on that batch."""
+    ways: dict[str, Callable[[Tensor], Tensor]] = {}
+    for bits in (8, 6, 5, 4):
+        ways[f"A{bits} per tensor"] = partial(baselines.in_range, bits=bits)
+        ways[f"A{bits} per tensor, clip mse"] = partial(baselines.in_range, bits=bits, clip="mse")
+        for ratio in (0.02, 0.05):
+            ways[f"A{bits} per tensor, OCS {ratio}"] = baselines.oracle_ocs(bits, ratio, symmetric=False)
+    return ways
+
+
 def rows(short: bool) -> Iterator[Row]:
     model, loaded = darknet_tiny(), image_sample()
     if model is None or loaded is None:
@@ -80,25 +94,36 @@ def rows(short: bool) -> Iterator[Row]:
     yield Row(name, "float32", f"{100 * float(right.mean()):.1f} % ({float(F.cross_entropy(exact, classes)):.3f})")
     top: dict[str, float] = {}
 
-    def score(what: str, made: nn.Module) -> Row:
+    def score(what: str, made: nn.Module, bits: str = "") -> Row:
         got = scores(made, images)
         own = (got.argmax(1) == classes).double()
         top[what] = 100 * float(own.mean())
         error = 100 * float((own - right).std()) / count**0.5
-        return Row(name, what, f"{top[what]:.1f} +- {error:.1f} % ({float(F.cross_entropy(got, classes)):.3f})")
+        return Row(name, what, f"{top[what]:.1f} +- {error:.1f} % ({float(F.cross_entropy(got, classes)):.3f})", bits)
 
     for what, weights in recipes().items():
+        if short and what not in BARS:
+            continue
         made = ocsquant.quantize(
             copy.deepcopy(model), Recipe(weights, None), ignore=[FIRST], calibration=batches, simulate=True
         )
-        yield score(what, made)
-    for what, weights in neighbours().items():
+        yield score(what, made, f"{stored_bits(made):.2f}")
+    for what, weights in neighbours().items() if not short else ():
         for way, changed in (("", model), (", equalized", baselines.equalized(copy.deepcopy(model), FIRST))):
             made = ocsquant.quantize(copy.deepcopy(changed), Recipe(weights, None), ignore=[FIRST], simulate=True)
             if way:
                 yield score(f"{what}{way}", made)
             yield score(f"{what}{way}, bias corrected", baselines.bias_corrected(made, changed, batches))
-    gain = top["W5 per tensor, OCS 0.02, clip mse"] - top["W5 per tensor, clip mse"]
+    for what, way in inputs().items():
+        if short and not what.startswith("A6"):
+            continue
+        yield score(what, baselines.with_inputs(copy.deepcopy(model), way, skip=FIRST))
+    for bits in (8, 6, 5, 4):
+        for outliers, what in ((0, "a step per image"), (16, "run-time OCS")):
+            recipe = Recipe(Weights(8), PerToken(bits, outliers))
+            made = ocsquant.quantize(copy.deepcopy(model), ignore=[FIRST], overrides={"*": recipe})
+            yield score(f"W8A{bits}, {what}", made, f"{stored_bits(made):.2f}")
+    gain = top[BARS[1]] - top[BARS[0]]
     yield Row(name, "W5 per tensor: OCS 0.02 with the clip over the clip alone", f"{gain:+.1f}", ">= +10", gain >= 10)
 
 
@@ -109,7 +134,9 @@ def main() -> None:
     for row in rows(args.short):
         found.append(row)
         print(" | ".join(row.cells()), flush=True)
-    text = measure.table(["network", "weights", "top-1 (cross-entropy)", "bar", "met"], [row.cells() for row in found])
+    text = measure.table(
+        ["network", "weights", "top-1 (cross-entropy)", "bits a weight, or bar", "met"], [row.cells() for row in found]
+    )
     measure.finish("images", head, text, [vars(row) for row in found])
 
 

@@ -31,6 +31,12 @@ WAYS: dict[str, dict[str, str]] = {
     "GPTQ": {"rounding": "gptq"},
     "GPTQ, clip output": {"clip": "output", "rounding": "gptq"},
 }
+COMPARED = ("nearest", "GPTQ, clip output")
+MOST = {  # perplexity of stories260K
+    "W4A8 row, GPTQ, clip output": 4.62,
+    "SplitQuant INT2, masked parts, row ranges": 7.9,
+    "SplitQuant INT2, a codebook per row": 5.9,
+}
 
 
 def recipes(short: bool) -> dict[str, Recipe]:
@@ -39,7 +45,6 @@ def recipes(short: bool) -> dict[str, Recipe]:
         f"{grid}, {way}": Weights(bits, **options, **how)  # type: ignore[arg-type]
         for grid, (bits, options) in GRIDS.items()
         for way, how in WAYS.items()
-        if not short or way in ("nearest", "GPTQ, clip output")
     }
     rows = SplitQuant(clusters="row", ranges="row")
     table |= {
@@ -57,6 +62,9 @@ def recipes(short: bool) -> dict[str, Recipe]:
         "SplitQuant INT4, one codebook, row scales": Weights(4, split=SplitQuant()),
         "INT6 row (3 x 2 bits)": Weights(6),
     }
+    if short:
+        compared = [f"{grid}, {way}" for grid in GRIDS for way in COMPARED]
+        table = {what: weights for what, weights in table.items() if what in (*compared, *MOST)}
     found = {name: Recipe(weights, None) for name, weights in table.items()}
     found["W4A8 row, GPTQ, clip output"] = Recipe(Weights(4, clip="output", rounding="gptq"), PerToken())
     return found
@@ -121,15 +129,12 @@ def rows_of(subject: Subject, short: bool) -> Iterator[Row]:
 def bars_of(subject: Subject, value: dict[str, float]) -> Iterator[Row]:
     sign = -1 if subject.unit == "cosine" else 1
     for grid in GRIDS:
-        better = sign * (value[f"{grid}, nearest"] - value[f"{grid}, GPTQ, clip output"])
+        nearest, gptq = (value[f"{grid}, {way}"] for way in COMPARED)
+        better = sign * (nearest - gptq)
         yield Row(subject.name, f"{grid}: GPTQ better than nearest", f"{better:+.4f}", "> 0", better > 0)
     if subject.name != "stories260K":
         return
-    for what, most in (
-        ("W4A8 row, GPTQ, clip output", 4.62),
-        ("SplitQuant INT2, masked parts, row ranges", 7.9),
-        ("SplitQuant INT2, a codebook per row", 5.9),
-    ):
+    for what, most in MOST.items():
         yield Row(subject.name, what, f"{value[what]:.3f}", f"<= {most}", value[what] <= most)
 
 
