@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +63,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument("--repetitions", type=int, help="visits per competitor (default 31, with --short 9)")
     made.add_argument("--threads", type=int, default=1, help="1 measures CPU time, more measure wall time (default 1)")
     return made
+
+
+def with_openmp_threads(args: argparse.Namespace) -> None:
+    """Start the running module anew where OMP_NUM_THREADS is another number: some peers read it at their import."""
+    threads = str(args.threads)
+    if os.environ.get("OMP_NUM_THREADS") != threads:
+        module = sys.modules["__main__"].__spec__.name
+        again = [sys.executable, "-m", module, *sys.argv[1:]]
+        os.execve(sys.executable, again, os.environ | {"OMP_NUM_THREADS": threads})
 
 
 def start(args: argparse.Namespace) -> tuple[int, dict[str, Any]]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -321,9 +319,7 @@ def main() -> None:
     options = measure.parser(__doc__)
     options.add_argument("--compile", action="store_true", help="with what must be compiled (half a minute a cell)")
     args = options.parse_args()
-    threads = str(args.threads)
-    if os.environ.get("OMP_NUM_THREADS") != threads:  # read at the import of peers that have threads of their own
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": threads})
+    measure.with_openmp_threads(args)
     repetitions, head = measure.start(args)
     missing: dict[str, str] = {}
     sizes, tokens = (SHORT_SIZES, SHORT_TOKENS) if args.short else (SIZES, TOKENS)

@@ -132,7 +132,12 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
             codes=product_columns(weight.codes, conv.weight.shape),
             ranges=product_columns(weight.ranges[None], torch.Size((1, *conv.weight.shape[1:])))[0],
         )
-        return QuantizedConv(conv, QuantizedLinear.from_weight(ordered, conv.bias, activations))
+        bias, inverse, shift = conv.bias, None, None
+        if isinstance(transform, InputTransform):
+            flat = conv.weight.detach().float().reshape(conv.out_channels, -1)
+            bias = transform.folded_bias(flat, None if bias is None else bias.detach(), conv.groups)
+            inverse, shift = transform.inverse, transform.shift
+        return QuantizedConv(conv, QuantizedLinear.from_weight(ordered, bias, activations), inverse, shift)
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]
@@ -149,11 +154,12 @@ def _build_simulated(target: Target, found: list[Matrix], quantized: list[Quanti
     for matrix, weight in zip(found, quantized, strict=True):
         old = module._parameters[matrix.name]
         assert old is not None
-        values = weight.dequantize() if transform is None else transform.unfold(weight.dequantize())
+        values = weight.dequantize()
+        if isinstance(transform, InputTransform):
+            values = transform.unfold(values, target.groups)
         values = values.reshape(matrix.shape).to(old.dtype)
         new._parameters[matrix.name] = nn.Parameter(values, requires_grad=old.requires_grad)
-    if isinstance(transform, InputTransform) and transform.shift is not None:
-        assert isinstance(module, nn.Linear)
+    if isinstance(module, nn.Linear) and isinstance(transform, InputTransform) and transform.shift is not None:
         bias = transform.folded_bias(module.weight.detach(), None if module.bias is None else module.bias.detach())
         assert bias is not None
         new._parameters["bias"] = nn.Parameter(bias.to(module.weight.dtype), requires_grad=module.weight.requires_grad)

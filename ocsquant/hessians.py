@@ -45,7 +45,7 @@ def attach_moments(model: nn.Module, targets: list[Target], statistics: Statisti
                 missing.append(target.path)
                 break
             check_width(target, name, seen)
-            target.moments[name] = _by_output(target.source, second_moments(seen, target.transform))
+            target.moments[name] = by_output(target.source, second_moments(seen, target.transform))
     if missing:
         raise NotCalibratedError(
             f"calibration must show the inputs of {len(missing)} layers whose clip is 'output': {first_few(missing)}"
@@ -54,13 +54,13 @@ def attach_moments(model: nn.Module, targets: list[Target], statistics: Statisti
 
 def check_width(target: Target, name: str, seen: InputStatistics) -> None:
     """Raise ArgumentError for statistics of another layer's inputs."""
-    expected = getattr(target.source, name).shape[1] * getattr(target.source, "groups", 1)
+    expected = getattr(target.source, name).shape[1] * target.groups
     if seen.total.numel() != expected:
         key = statistics_key(target.path, name)
         raise ArgumentError("calibration", f"statistics in which '{key}' has {expected} channels", seen.total.numel())
 
 
-def _by_output(module: nn.Module, moments: Tensor) -> Tensor:
+def by_output(module: nn.Module, moments: Tensor) -> Tensor:
     """[1, channels], or with a grouped convolution [outputs, channels of their group]."""
     groups: int = getattr(module, "groups", 1)
     if groups == 1:
@@ -115,7 +115,7 @@ def _release(model: nn.Module, targets: list[Target], batches: Any, progress: Ca
             continue
         if (why := unseen_by_design(model, target)) is not None:
             target.notes.append(f"rounded to nearest: {why}")
-        elif getattr(target.source, "groups", 1) != 1:
+        elif target.groups != 1:
             target.notes.append("rounded to nearest: a grouped convolution has one Hessian for each group")
         else:
             asking[target.path] = target

@@ -8,9 +8,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ocsquant.config import OCS, Activations, Recipe, Weights
+from ocsquant.config import OCS, Activations, Weights
 from ocsquant.errors import NotCalibratedError, first_few
-from ocsquant.hessians import check_width, second_moments, unseen_by_design
+from ocsquant.hessians import by_output, check_width, second_moments, unseen_by_design
 from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, range_limit
 from ocsquant.methods import ocs
 from ocsquant.methods.learned_clips import ClippedInput
@@ -18,11 +18,14 @@ from ocsquant.methods.outliertune import InputTransform, input_transform, transf
 from ocsquant.methods.tokens import quantize_tokens
 from ocsquant.observers import InputStatistics, Statistics
 from ocsquant.planning import Target
+from ocsquant.suitability import fixed_inputs_problem
+
+KINDS = ("linear", "conv")  # whose inputs may have fixed scales
 
 
 def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statistics | None) -> None:
     """Give the targets whose recipe asks for calibrated inputs their transform, or a recipe with a step per token."""
-    asking = [t for t in targets if t.kind == "linear" and t.recipe.weights.bits is not None and _asks(t.recipe)]
+    asking = [t for t in targets if t.kind in KINDS and t.recipe.weights.bits is not None and _asks(t)]
     if asking and statistics is None:
         raise NotCalibratedError(
             f"calibration must be batches or statistics for this recipe: {len(asking)} layers need to know their "
@@ -42,8 +45,11 @@ def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statis
         raise NotCalibratedError(f"calibration reached none of these layers: {first_few(unseen)}")
 
 
-def _asks(recipe: Recipe) -> bool:
-    return recipe.activations is not None and recipe.activations.needs_calibration
+def _asks(target: Target) -> bool:
+    activations = target.recipe.activations
+    if activations is None or not activations.needs_calibration:
+        return False
+    return target.kind == "linear" or fixed_inputs_problem(target.source, activations) is None
 
 
 def _fix(target: Target, seen: InputStatistics) -> None:
@@ -62,16 +68,17 @@ def _fix(target: Target, seen: InputStatistics) -> None:
         low, high = seen.minimum.min(), seen.maximum.max()
         target.transform = ClippedInput.between(low.clamp(max=0.0), high.clamp(min=0.0), a.bits, align_zero=True)
         return
+    weight = matrix.by_channel(target.groups)
     if a.split is not None:
-        target.copies = _copies(a.split, target.recipe.weights, matrix, seen)
-    target.transform = _transform(a, seen.minimum, seen.maximum, matrix.values, target.copies)
+        target.copies = _copies(a.split, target.recipe.weights, weight, seen)
+    target.transform = _transform(a, seen.minimum, seen.maximum, weight, target.copies)
 
 
-def _copies(split: OCS, weights: Weights, matrix: Matrix, seen: InputStatistics) -> Tensor:
-    splits = ocs.split_count(split.expand_ratio, matrix.channels)
+def _copies(split: OCS, weights: Weights, weight: Tensor, seen: InputStatistics) -> Tensor:
+    splits = ocs.split_count(split.expand_ratio, weight.shape[1])
     if split.select == "max":
         return ocs.plan_by_counts(seen.outlier_counts, splits).copies
-    power = matrix.values.square().sum(0)
+    power = weight.square().sum(0)
     return ocs.plan_by_error(seen.absmax, power, splits, range_limit(weights)).copies
 
 
@@ -96,10 +103,17 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
     Each half of the sample is judged by the ranges of the other: what new inputs clip counts. Relative to each token's
     own output: norms behind the layer make tokens of all sizes equal.
     """
-    a, weights = target.recipe.activations, target.recipe.weights
+    a, groups = target.recipe.activations, target.groups
     assert a is not None
-    weight = matrix.values
-    approximate = _approximate(dataclasses.replace(matrix, moments=second_moments(seen, None)[None]), weights)
+    weight = matrix.by_channel(groups)
+
+    def approximate(transform: InputTransform | None) -> Tensor:
+        values = matrix.values if transform is None else transform.fold(matrix.values, groups)
+        moments = by_output(target.source, second_moments(seen, transform))
+        rounded = _approximate(dataclasses.replace(matrix, values=values, moments=moments), target.recipe.weights)
+        return dataclasses.replace(matrix, values=rounded).by_channel(groups)
+
+    plain = approximate(None)
     folded = token = 0.0
     for half in range(2):
         x, other = seen.sample[seen.half == half], 1 - half
@@ -107,15 +121,16 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
             return math.inf, 0.0  # one token or none: nothing to judge a fixed scale by
         exact = x @ weight.T
         transform = _transform(a, seen.low[other], seen.high[other], weight)
-        moments = second_moments(seen, transform)[None]
-        scaled = dataclasses.replace(matrix, values=weight * transform.scale(), moments=moments)
         codes, step = transformed_codes(x, transform, a.bits, a.max_outliers, a.outlier_threshold)
-        y = (codes * step[:, None]) @ _approximate(scaled, weights).T
+        y = (codes * step[:, None]) @ approximate(transform).T
         if transform.shift is not None:
             y = y + weight @ transform.shift
         folded += _relative(y, exact)
-        codes, step = quantize_tokens(x, a.bits, a.max_outliers, a.outlier_threshold)
-        token += _relative((codes * step[:, None]) @ approximate.T, exact)
+        # A larger kernel has one step for all pixels of a sample.
+        rows = x if matrix.positions == 1 else x.reshape(1, -1)
+        outliers = a.max_outliers * (x.shape[0] // rows.shape[0])
+        codes, step = quantize_tokens(rows, a.bits, outliers, a.outlier_threshold)
+        token += _relative((codes * step[:, None]).reshape(x.shape) @ plain.T, exact)
     return folded, token
 
 

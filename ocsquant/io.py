@@ -47,7 +47,7 @@ from ocsquant.nn.shared import form
 from ocsquant.records import layer_from
 from ocsquant.transaction import FOLDED, Change, become, commit, inherit, set_attribute, set_class
 
-VERSION = 7
+VERSION = 8
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear

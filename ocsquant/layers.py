@@ -46,6 +46,11 @@ class Matrix:
         assert self.hessian is not None
         return inverse_factor(self.hessian)
 
+    def by_channel(self, groups: int) -> Tensor:
+        """[outputs * positions / groups, input channels of all groups]: what multiplies each input channel."""
+        parts = self.values.reshape(groups, -1, self.channels, self.positions)
+        return parts.permute(1, 3, 0, 2).reshape(-1, groups * self.channels)
+
     def power(self) -> Tensor:
         """The squared norm, of the outputs where the moments of the inputs are known."""
         square = self.values.square().reshape(self.values.shape[0], self.channels, self.positions).sum(-1)

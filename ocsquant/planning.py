@@ -45,10 +45,17 @@ class Target:
     nonlinearity: str | None = None  # that the layer is to compute too
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def groups(self) -> int:
+        """Of its input channels."""
+        return getattr(self.source, "groups", 1)
+
     def matrices(self) -> Iterator[Matrix]:
         """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
         for matrix in matrices(self.source, self.path):
-            values = matrix.values if self.transform is None else self.transform.fold(matrix.values)
+            values = matrix.values
+            if isinstance(self.transform, InputTransform):
+                values = self.transform.fold(values, self.groups)
             moments, hessian = self.moments.get(matrix.name), self.hessians.get(matrix.name)
             yield replace(matrix, values=values, moments=moments, hessian=hessian)
 

@@ -143,16 +143,22 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     had = {name: getattr(old, name) for name in CONVOLUTION_SETTINGS}
     if wanted != had:
         raise SchemaMismatchError(f"layer '{path}' is {wanted} in the file, {had} in the model")
-    own = {key.removeprefix("product."): tensor for key, tensor in t.items()}
-    product = _linear(settings["parts"]["product"], own, check)
-    new = QuantizedConv(old, product)
+    own = {key.removeprefix("product."): tensor for key, tensor in t.items() if key.startswith("product.")}
+    inverse, shift = (t.get(name) for name in QuantizedConv.tensors)
+    check(inverse is not None or shift is None, "it has an input_shift without input_inverse")
+    check.floats("input_inverse", inverse, (wanted["in_channels"],), positive=True)
+    check.floats("input_shift", shift, (wanted["in_channels"],))
+    product = _linear(settings["parts"]["product"], own, check, scaled=inverse is not None)
+    new = QuantizedConv(old, product, inverse, shift)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
-    check(product.input_inverse is None and product.group_size == 0, "it has input scales or groups")
-    _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None, check.new_bias)
+    check(product.input_inverse is None and product.group_size == 0, "its product has input scales or groups")
+    any_bias = check.new_bias or shift is not None  # a shift makes a bias of its own
+    _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None, any_bias)
     return new
 
 
-def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> QuantizedLinear:
+def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check, scaled: bool = False) -> QuantizedLinear:
+    """scaled: whatever it is a part of has scales for its inputs."""
     k, n, bits = settings["in_features"], settings["out_features"], _bits(check, settings["bits"])
     activations, size = activations_from_dict(settings["activations"]), settings["group_size"]
     check(type(size) is int and size >= 0 and size % GROUP_STEP == 0, f"group_size must be a multiple of {GROUP_STEP}")
@@ -180,7 +186,7 @@ def _linear(settings: dict[str, Any], t: dict[str, Tensor], check: Check) -> Qua
     base, tail = ops.unpack_weight(packed, n, k, e, *form)
     same = torch.equal(ops.pack_weight(base, tail if e else None, *form), packed)
     check(same, "packed holds something else than codes and their bounds")
-    check((inverse is None) != activations.needs_calibration, "its input scales do not fit its settings")
+    check((inverse is not None or scaled) == activations.needs_calibration, "its input scales do not fit its settings")
     check(shift is None or inverse is not None, "it has an input_shift without input_inverse")
     check.floats("input_inverse", inverse, (k,), positive=True)
     check.floats("input_shift", shift, (k,))

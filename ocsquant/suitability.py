@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ocsquant.config import Recipe
+from ocsquant.config import Activations, Recipe
 from ocsquant.layers import CONVOLUTIONS
 from ocsquant.nn import form_of
 from ocsquant.nn.recurrent import part_names, part_sizes, recurrent_form
@@ -47,8 +47,8 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
     """Why there is no integer kernel for this layer, or why it would not pay."""
     if recipe.activations is None or kind == "embedding":
         return _storage_problem(module, recipe, named)
-    if kind in ("recurrent", "conv") and recipe.activations.needs_calibration:
-        return f"no integer kernel for {type(module).__name__} with calibrated inputs: use PerToken activations"
+    if recipe.activations.needs_calibration and (problem := fixed_inputs_problem(module, recipe.activations)):
+        return problem
     if isinstance(module, nn.Linear):
         depths, gains = [module.in_features], pays(module.out_features, module.in_features)
         size = f"{module.out_features} outputs of {module.in_features} inputs"
@@ -65,6 +65,19 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
         gains, size = module.hidden_size >= SMALLEST_HIDDEN, f"{module.hidden_size} hidden units"
     problem = next((problem for inputs in depths if (problem := _product_problem(inputs, recipe))), None)
     return problem or (None if named or gains else f"too small to gain: {size}")
+
+
+def fixed_inputs_problem(module: nn.Module, activations: Activations) -> str | None:
+    """Why the integer kernel of this layer cannot have these inputs, whose scales calibration gives."""
+    if isinstance(module, nn.Linear):
+        return None
+    missing = "calibrated inputs" if not isinstance(module, CONVOLUTIONS) else None
+    missing = missing or ("inputs scaled and then quantized per token" if activations.scale == "token" else None)
+    missing = missing or (None if activations.symmetric else "zero points of inputs")
+    if missing is None and activations.split is not None and module.groups != 1:
+        missing = "split input channels in groups"
+    name = type(module).__name__
+    return None if missing is None else f"no integer kernel for {name} with {missing}: use PerToken activations"
 
 
 def _product_problem(inputs: int, recipe: Recipe) -> str | None:

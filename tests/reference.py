@@ -63,6 +63,21 @@ def quantize_plane(x: Tensor, bits: int = 8, max_outliers: int = 16, threshold: 
     return made, step
 
 
+def quantize_plane_fixed(
+    x: Tensor, inverse: Tensor, shift: Tensor | None, depth: int, bits: int, max_outliers: int
+) -> tuple[Tensor, float]:
+    """The same for the step 1 of (x - shift) * inverse, of a weight without tail."""
+    u = (x if shift is None else x - shift[:, None, None]) * inverse[:, None, None]
+    if not bool(u.isfinite().all()):
+        return torch.zeros(x.shape, dtype=torch.int64), math.nan
+    limit = 2 ** (bits - 1) - 1
+    most = max(limit, min(32512, int(1 / (depth * (127.0 / 2147483648.0 * 1.02)))))
+    made = u.clamp(-most, most).round().long()
+    if int((made.abs() > limit).sum()) > max_outliers * x[0].numel():
+        made = made.clamp(-limit, limit)
+    return made, 1.0
+
+
 def quantized_conv2d(
     x: Tensor,
     codes: Tensor,
@@ -75,6 +90,8 @@ def quantized_conv2d(
     max_outliers: int = 16,
     threshold: float = 4.0,
     groups: int = 1,
+    inverse: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
     """x [samples, channels, height, width], codes int8 [n, channels / groups, kernel_h, kernel_w]; sums exact."""
     if groups > 1:
@@ -82,21 +99,30 @@ def quantized_conv2d(
         memory = torch.channels_last if last else torch.contiguous_format
         parts = zip(x.chunk(groups, 1), codes.chunk(groups), scale.chunk(groups), strict=True)
         offsets = [None] * groups if bias is None else bias.chunk(groups)
-        alike = (stride, padding, dilation, bits, max_outliers, threshold)
+        fixed = [[None] * groups if v is None else v.chunk(groups) for v in (inverse, shift)]
+        alike = (stride, padding, dilation, bits, max_outliers, threshold, 1)
         return torch.cat(
             [
-                quantized_conv2d(part.contiguous(memory_format=memory), w, s, offset, *alike)
-                for (part, w, s), offset in zip(parts, offsets, strict=True)
+                quantized_conv2d(part.contiguous(memory_format=memory), w, s, offset, *alike, *scales)
+                for (part, w, s), offset, *scales in zip(parts, offsets, *fixed, strict=True)
             ],
             1,
         )
     if codes[0, 0].numel() == 1 and padding == (0, 0):
         pixels = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1)
-        y = quantized_linear(pixels, codes[:, :, 0, 0], scale, bias, None, None, bits, max_outliers, threshold)
+        if inverse is not None:
+            y = scale_folded_linear(
+                pixels, codes[:, :, 0, 0], scale, inverse, shift, bias, bits, False, max_outliers, threshold
+            )
+        else:
+            y = quantized_linear(pixels, codes[:, :, 0, 0], scale, bias, None, None, bits, max_outliers, threshold)
         return y.permute(0, 3, 1, 2)
     rows = []
     for sample in x:
-        q, step = quantize_plane(sample, bits, max_outliers, threshold)
+        if inverse is not None:
+            q, step = quantize_plane_fixed(sample, inverse, shift, codes[0].numel(), bits, max_outliers)
+        else:
+            q, step = quantize_plane(sample, bits, max_outliers, threshold)
         total = torch.nn.functional.conv2d(q.double()[None], codes.double(), None, stride, padding, dilation)[0]
         rows.append(total.float() * (torch.tensor(step, dtype=torch.float32) * scale)[:, None, None])
     y = torch.stack(rows)

@@ -5,19 +5,14 @@ import copy
 import pytest
 import reference
 import torch
+from convolutions import MODULES, channels_last, pack, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ocsquant
-from ocsquant import OCS, PerToken, Recipe, SplitQuant, Weights, ops
+from ocsquant import OCS, Activations, PerToken, Recipe, SplitQuant, Weights, ops
 from ocsquant.nn import QuantizedConv
-
-
-def pack(codes):
-    """int8 [n, channels, kernel_h, kernel_w] as the operator wants them."""
-    return ops.pack_weight(codes.permute(0, 2, 3, 1).reshape(codes.shape[0], -1).contiguous())
-
 
 sizes = st.integers(1, 3)
 
@@ -132,44 +127,6 @@ def test_threads_give_the_same_bits():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
-
-
-def quantized(module, recipe="W8A8"):
-    """By name: also what is too small to gain."""
-    return ocsquant.quantize(copy.deepcopy(module), overrides={"": recipe})
-
-
-MODULES = {
-    "3x3": (lambda: nn.Conv2d(6, 20, 3, padding=1), (2, 6, 9, 8)),
-    "strided, dilated": (lambda: nn.Conv2d(6, 20, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), (2, 6, 9, 8)),
-    "pointwise": (lambda: nn.Conv2d(6, 20, 1, 2), (2, 6, 9, 8)),
-    "same, even kernel": (lambda: nn.Conv2d(6, 20, (4, 3), padding="same"), (2, 6, 9, 8)),
-    "valid": (lambda: nn.Conv2d(6, 20, 3, padding="valid"), (2, 6, 9, 8)),
-    "reflect": (lambda: nn.Conv2d(6, 20, 3, padding=1, padding_mode="reflect"), (2, 6, 9, 8)),
-    "circular, same": (lambda: nn.Conv1d(6, 20, 5, padding="same", padding_mode="circular"), (2, 6, 19)),
-    "1d": (lambda: nn.Conv1d(6, 20, 5, 2, 2), (2, 6, 19)),
-    "groups": (lambda: nn.Conv2d(6, 20, 3, padding=1, groups=2), (2, 6, 9, 8)),
-    "depthwise": (lambda: nn.Conv2d(6, 18, 3, 2, groups=6), (2, 6, 9, 8)),
-    "pointwise, groups": (lambda: nn.Conv2d(6, 21, 1, groups=3, bias=False), (2, 6, 9, 8)),
-    "1d, groups": (lambda: nn.Conv1d(6, 20, 4, padding="same", groups=2), (2, 6, 19)),
-    "3d": (lambda: nn.Conv3d(6, 20, 3, padding=1), (2, 6, 5, 9, 8)),
-    "3d, strided, dilated": (lambda: nn.Conv3d(6, 20, (2, 3, 1), (2, 1, 2), (1, 0, 2), (2, 1, 1)), (2, 6, 7, 6, 8)),
-    "3d, groups, same": (lambda: nn.Conv3d(6, 20, (4, 3, 2), padding="same", groups=2), (2, 6, 5, 6, 7)),
-    "3d, circular": (lambda: nn.Conv3d(6, 20, 3, padding=1, padding_mode="circular"), (2, 6, 5, 6, 7)),
-    "3d, pointwise": (lambda: nn.Conv3d(6, 20, 1), (2, 6, 5, 6, 7)),
-    "3d, pointwise, padded": (lambda: nn.Conv3d(6, 20, 1, padding=1, padding_mode="circular"), (2, 6, 5, 6, 7)),
-    "3d, a plane of one": (lambda: nn.Conv3d(6, 20, (1, 4, 4)), (2, 6, 5, 4, 4)),
-    "3d, pointwise, strided": (lambda: nn.Conv3d(6, 20, 1, (2, 1, 1)), (2, 6, 5, 6, 7)),
-    "3d, one sample": (lambda: nn.Conv3d(6, 20, 2), (6, 5, 6, 7)),
-    "one sample": (lambda: nn.Conv2d(6, 20, 3), (6, 9, 8)),
-    "one sample, 1d": (lambda: nn.Conv1d(6, 20, 3), (6, 19)),
-}
-
-
-def channels_last(x):
-    """A batch as it lies in memory behind a channels-last model; None for what has no such layout."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return x.contiguous(memory_format=formats[x.dim()]) if x.dim() in formats else None
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -314,8 +271,18 @@ def test_wrong_calls_name_the_argument():
     with pytest.raises(ocsquant.ArgumentError, match="a depth of at least 3"):
         quantized(nn.Conv3d(6, 20, 3))(torch.randn(2, 6, 2, 9, 9))
     codes = torch.ones(70, 2, 3, 3, dtype=torch.int8)
+    rest = (3, 3, 1, 1, 1, 1, 1, 1, 8, 0, 4.0, 8, None, None, 1)
+    x, packed, ones = torch.randn(1, 2, 9, 9), pack(codes), torch.ones(2)
+    with pytest.raises(RuntimeError, match="input_shift needs padding 0"):
+        ops.quantized_conv2d(x, packed, torch.ones(70), None, None, *rest, ones, ones)
+    with pytest.raises(RuntimeError, match="input_shift needs input_inverse"):
+        ops.quantized_conv2d(x, packed, torch.ones(70), None, None, *rest, None, ones)
     with pytest.raises(RuntimeError, match="groups must divide the 70 outputs"):
         ops.quantized_conv2d(torch.randn(1, 6, 9, 9), pack(codes), torch.ones(70), kernel_h=3, kernel_w=3, groups=3)
+
+
+SMOOTHED = Activations(max_outliers=0, smooth_alpha=0.5)
+SPLIT = Activations(max_outliers=0, scale="tensor", split=OCS(0.1, quantization_aware=False))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +290,8 @@ def test_wrong_calls_name_the_argument():
     [
         (nn.Conv2d(64, 64, 3, groups=64), "W8A8", "too small to gain: 1 outputs of 1 channels in each group"),
         (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for group scales in convolutions"),
-        (nn.Conv2d(64, 128, 3), Recipe(activations=ocsquant.PerTensorStatic()), "Conv2d with calibrated inputs"),
+        (nn.Conv2d(64, 128, 3), Recipe(activations=SMOOTHED), "Conv2d with inputs scaled and then quantized per token"),
+        (nn.Conv2d(64, 128, 3, groups=2), Recipe(activations=SPLIT), "Conv2d with split input channels in groups"),
         (nn.Conv2d(3, 64, 3), "W8A8", "too small to gain"),
     ],
 )

@@ -14,7 +14,7 @@ WINDOW = {
 }
 ZERO = tensor(1, 70, dtype=torch.uint8)
 WRONG: dict[str, dict[str, Any]] = {
-    "x": {"size": Wrong(tensor(2, 6, 8, 8), text="(x)"), "small": tensor(2, 3, 1, 8)},
+    "x": {"size": Wrong(tensor(2, 6, 8, 8), text="channel of x"), "small": tensor(2, 3, 1, 8)},
     "scale": {"size": Wrong(tensor(140), text="140")},
     "tail_index": {"size": Wrong(int32(*range(6)), text="tail columns"), "range": int32(1, 30)},
     **{name: WRONG_LINEAR[name] for name in ("activation_bits", "max_outliers", "outlier_threshold")},
@@ -22,6 +22,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "zero": WRONG_STORAGE["zero"] | {"rank": ZERO[0], "size": torch.cat([ZERO, ZERO]), "range": ZERO},
     **WINDOW,
     "groups": {"range": 0, "channels": 2},
+    **{name: {"size": Wrong(tensor(4), text="3 entries")} for name in ("input_inverse", "input_shift")},
 }
 
 CONVOLUTION_CASES = {
@@ -35,8 +36,14 @@ CONVOLUTION_CASES = {
             "tail_index": int32(1, 26),
             "kernel_h": 3,
             "kernel_w": 3,
+            "input_inverse": tensor(3).abs() + 1,
+            "input_shift": tensor(3),
         },
         WRONG,
-        {**EXCUSED_LINEAR, "x.range": "NaN and Inf give NaN by definition"},
+        {
+            **EXCUSED_LINEAR,
+            "input_inverse.range": "what is not finite after it gives NaN",
+            "input_shift.range": "as input_inverse",
+        },
     ),
 }

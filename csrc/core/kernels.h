@@ -117,9 +117,10 @@ struct LinearKernels {
 struct ConvolutionKernels {
   // Of one sample's codes as the instruction set wants them, a multiple of 64.
   int64_t (*plane_bytes)(const PatchShape& shape, int max_outliers);
-  // A sample to codes; returns the step. Scratch holds kPlanePixels pixels where the values lie channels first.
+  // A sample to codes; returns the step. Scratch holds kPlanePixels pixels where the values lie channels first. Where
+  // the step is fixed, how.inverse and how.shift are repeated for pixel_period() pixels.
   float (*quantize_plane)(const float* x, const PatchShape& shape, bool channels_first, const TokenQuantizer& how,
-                          float least_factor, float* scratch, uint8_t* plane);
+                          const PlaneBounds& bounds, float* scratch, uint8_t* plane);
   // to[c][r] = from[r][c], rows of each `pitch` apart.
   void (*transpose)(const float* from, int64_t from_pitch, int64_t rows, int64_t columns, float* to, int64_t to_pitch);
   // The most codes beyond a byte that any pixel has.

@@ -28,14 +28,28 @@ struct Planes {
 // Pixels that are turned from channels first to channels last at a time.
 constexpr int64_t kPlanePixels = 16;
 // Codes of a sample stay below this, so that they fit int16.
-constexpr float kMaxPlaneCode = 32512.0f;
+constexpr int kMaxPlaneCode = 32512;
 
-// Times the root of a sample's sum of squares, the least step at which the sums of its patches fit int32 whatever the
-// weights: by Cauchy and Schwarz their codes add up to at most the root of their squares times that of the depth. The
-// rest is for rounding: half a code for each.
-inline float least_step_factor(int64_t depth, int64_t tail) {
-  const double weight = tail > 0 ? 254.0 : 127.0;
-  return static_cast<float>(std::sqrt(static_cast<double>(depth)) * weight / 2147483648.0 * 1.02);
+// What keeps the sums of a sample's patches within int32, whatever the weights.
+struct PlaneBounds {
+  // Times the root of the sample's sum of squares, the least step: by Cauchy and Schwarz the codes of a patch add up to
+  // at most the root of their squares times that of the depth.
+  float least_factor;
+  int largest_code;  // where the step is fixed
+};
+
+// The last factor is for rounding: half a code for each.
+inline PlaneBounds plane_bounds(int64_t depth, int64_t tail) {
+  const double size = static_cast<double>(depth), weight = (tail > 0 ? 254.0 : 127.0) / 2147483648.0 * 1.02;
+  const double code = 1.0 / (size * weight);
+  return {static_cast<float>(std::sqrt(size) * weight), code < kMaxPlaneCode ? static_cast<int>(code) : kMaxPlaneCode};
+}
+
+// Pixels after whose channels blocks of 64 values begin anew.
+inline int64_t pixel_period(int64_t channels) {
+  int64_t period = 64;
+  for (; period > 1 && channels % 2 == 0; channels /= 2) period /= 2;
+  return period;
 }
 
 }  // namespace ocsquant

@@ -42,13 +42,72 @@ OCSQ_INLINE int64_t round_plane(const float* x, const PatchShape& s, bool channe
   return beyond;
 }
 
+// Codes of step 1 of a sample's scaled values up to +-most; how many lie beyond +-limit, or -1 where some are NaN or
+// Inf. how.inverse and how.shift hold a period of pixels.
+template <bool kOutliers, class Out>
+OCSQ_INLINE int64_t round_plane_fixed(const float* x, const PatchShape& s, bool channels_first,
+                                      const TokenQuantizer& how, int limit, int most, float* scratch, Out& out) {
+  RowFixedCodes<kOutliers, Out> codes(out, how, limit, most);
+  const int64_t period = pixel_period(s.channels);
+  const int64_t piece = channels_first && period > kPlanePixels ? kPlanePixels : period;
+  TokenQuantizer own = how;
+  for (int64_t p = 0; p < s.pixels(); p += piece) {
+    const int64_t left = s.pixels() - p, count = left < piece ? left : piece;
+    const float* from = x + p * s.channels;
+    if (channels_first) {
+      const int64_t at = p % kPlanePixels;
+      if (at == 0) {
+        transpose(x + p, s.pixels(), s.channels, left < kPlanePixels ? left : kPlanePixels, scratch, s.channels);
+      }
+      from = scratch + at * s.channels;
+    }
+    codes.inverse = own.inverse = how.inverse + p % period * s.channels;
+    if (how.shift != nullptr) codes.shift = own.shift = how.shift + p % period * s.channels;
+    codes.out.start(p * s.channels);
+    codes.row(from, count * s.channels, own);
+  }
+  out = codes.out;
+  return codes.finite() ? codes.beyond : -1;
+}
+
+// One sample to codes of step 1; more than how.max_outliers for each pixel beyond the range: all are clamped.
+template <class Out>
+OCSQ_INLINE float quantize_plane_fixed(const float* x, const PatchShape& s, bool channels_first,
+                                       const TokenQuantizer& how, const PlaneBounds& bounds, float* scratch, Out& out) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  int64_t beyond = how.max_outliers > 0 ? 0 : 1;
+  if (how.max_outliers > 0) {
+    const int most = bounds.largest_code > limit ? bounds.largest_code : limit;
+    Out split = out;
+    beyond = round_plane_fixed<true>(x, s, channels_first, how, limit, most, scratch, split);
+    if (beyond >= 0 && beyond <= how.max_outliers * s.pixels()) {
+      split.finish();
+      return 1.0f;
+    }
+  }
+  if (beyond >= 0) {
+    Out clamped = out;
+    if (round_plane_fixed<false>(x, s, channels_first, how, limit, limit, scratch, clamped) >= 0) {
+      clamped.finish();
+      return 1.0f;
+    }
+  }
+  out.zeros(s.values());
+  out.finish();
+  return std::numeric_limits<float>::quiet_NaN();
+}
+
 // One sample to codes, as quantize_row() does it, but for the outliers: any up to how.max_outliers for each pixel keep
-// codes beyond the range; if there are more, the step is that of the largest value. It is never less than least_factor
-// (least_step_factor) times the root of the sum of squares, if there are any. Returns the step, NaN where the
-// sample holds NaN or Inf.
+// codes beyond the range; if there are more, the step is that of the largest value. It is never less than
+// bounds.least_factor times the root of the sum of squares, if there are any. Returns the step, NaN where the sample
+// holds NaN or Inf.
 template <class Tile>
 float quantize_plane(const float* x, const PatchShape& s, bool channels_first, const TokenQuantizer& how,
-                     float least_factor, float* scratch, uint8_t* plane) {
+                     const PlaneBounds& bounds, float* scratch, uint8_t* plane) {
+  if (how.fixed) {
+    typename Tile::Plane::Out fixed(s, plane, how.max_outliers);
+    return quantize_plane_fixed(x, s, channels_first, how, bounds, scratch, fixed);
+  }
   const int limit = (1 << (how.bits - 1)) - 1;
   const int64_t n = s.values();
   const float range = static_cast<float>(limit);
@@ -66,8 +125,8 @@ float quantize_plane(const float* x, const PatchShape& s, bool channels_first, c
   const float bulk = how.threshold * std::sqrt(squares / static_cast<float>(n));
   if (how.max_outliers > 0 && bounded && bulk < absmax) {
     float step = usable_step(bulk / range);
-    if (step < absmax / kMaxPlaneCode) step = absmax / kMaxPlaneCode;
-    if (const float least = std::sqrt(squares) * least_factor; step < least) step = least;
+    if (step < absmax / static_cast<float>(kMaxPlaneCode)) step = absmax / static_cast<float>(kMaxPlaneCode);
+    if (const float least = std::sqrt(squares) * bounds.least_factor; step < least) step = least;
     typename Tile::Plane::Out split = out;
     if (round_plane<true>(x, s, channels_first, step, limit, scratch, split) <= how.max_outliers * s.pixels()) {
       split.finish();

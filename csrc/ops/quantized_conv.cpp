@@ -67,6 +67,8 @@ Convolution of_group(Convolution c, const PackedWeight& w, int64_t group) {
   c.w.scale = w.scale + panel * kPanel;
   if (w.bias != nullptr) c.w.bias = w.bias + panel * kPanel;
   if (w.zero != nullptr) c.w.zero = w.zero + panel * kPanel;
+  if (c.how.inverse != nullptr) c.how.inverse += group * c.shape.channels;
+  if (c.how.shift != nullptr) c.how.shift += group * c.shape.channels;
   c.w.n = std::min(w.n - panel * kPanel, (c.before + c.n + kPanel - 1) / kPanel * kPanel);
   return c;
 }
@@ -170,6 +172,11 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
   });
 }
 
+// to[count] = the channels, again and again.
+void repeat(const float* channels, int64_t each, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += each) std::copy_n(channels, each, to + i);
+}
+
 // Every sample to codes once, then its patches.
 void run_patches(const Convolution& c) {
   const ConvolutionKernels& kernels = cpu_kernels().convolution;
@@ -180,19 +187,28 @@ void run_patches(const Convolution& c) {
   const bool apart = c.channels_last && c.groups > 1;
   const int64_t turned = apart ? s.pixels() : c.channels_last ? 0 : kPlanePixels;
   const int64_t scratch = align64(turned * s.channels * sizeof(float));
-  const Buffer buffer(steps + chunks * scratch + c.samples * plane);
-  const float least = least_step_factor(s.depth(), c.w.tail);
+  const int64_t repeated = c.how.fixed ? pixel_period(s.channels) * s.channels : 0;
+  const int64_t scales = align64(repeated * sizeof(float)), fixed = steps + 2 * scales;
+  const Buffer buffer(fixed + chunks * scratch + c.samples * plane);
+  const PlaneBounds bounds = plane_bounds(s.depth(), c.w.tail);
   float* step = buffer.at<float>(0);
-  uint8_t* first = buffer.at<uint8_t>(steps + chunks * scratch);
+  uint8_t* first = buffer.at<uint8_t>(fixed + chunks * scratch);
+  TokenQuantizer how = c.how;
+  for (const float** channels : {&how.inverse, &how.shift}) {
+    if (*channels == nullptr) continue;
+    float* to = buffer.at<float>(steps + (channels == &how.shift ? scales : 0));
+    repeat(*channels, s.channels, repeated, to);
+    *channels = to;
+  }
   parallel_chunks(c.samples, chunks, [&](int64_t i, int64_t begin, int64_t end) {
-    float* turning = buffer.at<float>(steps + i * scratch);
+    float* turning = buffer.at<float>(fixed + i * scratch);
     for (int64_t sample = begin; sample < end; ++sample) {
       const float* x = c.sample(sample);
       if (apart) {
         copy_pixels(x, c.pitch_in(), s.pixels(), s.channels, turning);
         x = turning;
       }
-      step[sample] = kernels.quantize_plane(x, s, !c.channels_last, c.how, least, turning, first + sample * plane);
+      step[sample] = kernels.quantize_plane(x, s, !c.channels_last, how, bounds, turning, first + sample * plane);
     }
   });
   int64_t most = 0;
@@ -206,10 +222,11 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         const std::optional<Tensor>& tail_index, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
-                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups) {
+                        const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups,
+                        const std::optional<Tensor>& input_inverse, const std::optional<Tensor>& input_shift) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
-  const TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
+  TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
   check_pair("kernel", kernel_h, kernel_w, 1);
   check_pair("stride", stride_h, stride_w, 1);
   check_pair("padding", padding_h, padding_w, 0);
@@ -224,7 +241,23 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
       ": x must be as large as the kernel with its dilation, got ", height, " x ", width);
   const PatchShape s = {x.size(1) / groups, height,    width,      kernel_h,   kernel_w, stride_h, stride_w,
                         padding_h,          padding_w, dilation_h, dilation_w, out_h,    out_w};
-  const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth());
+  how.fixed = input_inverse.has_value();
+  std::optional<Tensor> inverse, shift;
+  if (how.fixed) {
+    check_vector(kOp, "input_inverse", *input_inverse, ScalarType::Float, x.size(1), "channel of x");
+    inverse = dense(*input_inverse);
+    how.inverse = inverse->const_data_ptr<float>();
+  }
+  if (input_shift.has_value()) {
+    OCSQ_CHECK(how.fixed, kOp, ": input_shift needs input_inverse");
+    OCSQ_CHECK(padding_h == 0 && padding_w == 0, kOp, ": input_shift needs padding 0 (a shifted zero is no zero), got ",
+               padding_h, " and ", padding_w);
+    check_vector(kOp, "input_shift", *input_shift, ScalarType::Float, x.size(1), "channel of x");
+    shift = dense(*input_shift);
+    how.shift = shift->const_data_ptr<float>();
+  }
+  const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth(),
+                            how.fixed ? kMaxFixedDepth : kMaxDepth);
   OCSQ_CHECK(s.values() <= std::numeric_limits<int32_t>::max(), kOp,
              ": x must have fewer than 2^31 values a sample, got ", s.values());
   const PackedWeight& w = weight.weight();

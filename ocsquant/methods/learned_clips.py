@@ -61,11 +61,8 @@ class ClippedInput:
         place = (torch.minimum(torch.maximum(x, self.low), self.high) - self.low) * self.inverse_step
         return place.round().clamp(max=float(2**self.bits - 1))
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """The weight that is quantized: itself, scaled with its input already."""
-        return weight
-
     def unfold(self, weight: Tensor) -> Tensor:
+        """The weight itself: it is scaled with its input already."""
         return weight
 
     def offset(self, quantized: QuantizedWeight) -> Tensor:

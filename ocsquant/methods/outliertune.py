@@ -31,17 +31,17 @@ class InputTransform:
     def scale(self) -> Tensor:
         return 1.0 / self.inverse
 
-    def fold(self, weight: Tensor) -> Tensor:
-        """W' of the float32 weight [n, k]."""
-        return weight * self.scale()
+    def fold(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """W' of the float32 weight [n, k]; of a convolution k is its channels / groups times the kernel's positions."""
+        return weight * columns(self.scale(), weight, groups)
 
-    def unfold(self, weight: Tensor) -> Tensor:
+    def unfold(self, weight: Tensor, groups: int = 1) -> Tensor:
         """The weight [n, k] that `fold` makes W' of."""
-        return weight * self.inverse
+        return weight * columns(self.inverse, weight, groups)
 
     def apply(self, x: Tensor) -> Tensor:
-        """u of float32 [m, k] inputs."""
-        return (x if self.shift is None else x - self.shift) * self.inverse
+        """u of float32 [m, k] inputs, which may be the patches of a convolution."""
+        return (x if self.shift is None else x - columns(self.shift, x)) * columns(self.inverse, x)
 
     def operands(
         self, quantized: QuantizedWeight, weight: Tensor, bias: Tensor | None
@@ -49,12 +49,19 @@ class InputTransform:
         """scale, bias, input_inverse and input_shift of `scale_folded_linear`, for a weight that was folded."""
         return quantized.scale[:, 0], self.folded_bias(weight, bias), self.inverse, self.shift
 
-    def folded_bias(self, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    def folded_bias(self, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor | None:
         """b' of the unfolded float32 weight [n, k]."""
         if self.shift is None:
             return bias
-        moved = weight.double() @ self.shift.double()
+        moved = (weight.double() * columns(self.shift, weight, groups).double()).sum(1)
         return (moved if bias is None else moved + bias.double()).float()
+
+
+def columns(channels: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Values of a layer's input channels for each entry of its weight [n, k]: [1, k], with groups [n, k]."""
+    each = channels.reshape(groups, -1)
+    each = each.repeat_interleave(weight.shape[1] // each.shape[1], 1)
+    return each if groups == 1 else each.repeat_interleave(weight.shape[0] // groups, 0)
 
 
 def input_transform(

@@ -22,13 +22,25 @@ class QuantizedConv(Quantized):
     One step for each group of channels of a sample, for kernels of one element for each pixel; in three dimensions the
     frames under a kernel are the channels of a sample. Built by `ocsquant.quantize`. `product` holds weight and bias,
     its inputs in the order [kernel height][width][depth][channels]. The output lies in memory as the input does,
-    contiguous or channels last (which is faster). Takes float32, bfloat16, float16 or float64;
+    contiguous or channels last (which is faster). With calibrated inputs `input_inverse` and `input_shift`, float32
+    [in_channels] or None, are what a channel is multiplied with after it was shifted; their part of the output is in
+    the weight and bias of `product`. Takes float32, bfloat16, float16 or float64;
     returns the same dtype.
     """
 
     kernel = "quantized_conv2d"
 
-    def __init__(self, like: Any, product: QuantizedLinear) -> None:
+    tensors = ("input_inverse", "input_shift")  # beside those of `product`
+    input_inverse: Tensor | None
+    input_shift: Tensor | None
+
+    def __init__(
+        self,
+        like: Any,
+        product: QuantizedLinear,
+        input_inverse: Tensor | None = None,
+        input_shift: Tensor | None = None,
+    ) -> None:
         """like: a module (or anything else) with the attributes `SETTINGS`."""
         super().__init__()
         for name in SETTINGS:
@@ -37,14 +49,16 @@ class QuantizedConv(Quantized):
         self.origin = f"Conv{len(self.kernel_size)}d"
         self._sides = _sides(self)
         before, after = self._sides[::2][::-1], self._sides[1::2][::-1]
-        # What the padding of the operator cannot express is put around the input before.
-        self._pads = self.padding_mode != "zeros" or before != after
+        # What the padding of the operator cannot express is put around the input before: also zeros that are shifted.
+        self._pads = self.padding_mode != "zeros" or before != after or (input_shift is not None and any(before))
         self._zeros = (0,) * len(before) if self._pads else tuple(before)
         sizes = ((self.kernel_size, 1), (self.stride, 1), (self._zeros, 0), (self.dilation, 1))
         self._window = [size for given, height in sizes for size in (height, *given)[-2:]]
         # A kernel of one element goes over planes that follow one another as over one.
         self._flat = len(before) == 3 and {*self.kernel_size, *self.stride} == {1} and {*self._zeros} == {0}
         self.product = product
+        for name, value in zip(self.tensors, (input_inverse, input_shift), strict=True):
+            self.register_buffer(name, value)
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -76,6 +90,9 @@ class QuantizedConv(Quantized):
         """float32 of the shape of the float weight, dequantized anew at each reading."""
         depth, plane = self.kernel_size[:-2], self.kernel_size[-2:]
         columns = self.product.weight.unflatten(1, (*plane, *depth, self.in_channels // self.groups))
+        if self.input_inverse is not None:
+            inverse = self.input_inverse.reshape(self.groups, -1).repeat_interleave(columns.shape[0] // self.groups, 0)
+            columns = columns * inverse.reshape(len(columns), *(1 for _ in self.kernel_size), -1)
         return columns.permute(0, -1, *range(1 + len(plane), columns.dim() - 1), *range(1, 1 + len(plane)))
 
     @property
@@ -118,6 +135,7 @@ class QuantizedConv(Quantized):
             *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
             *self._window,
             *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.groups),
+            *map(self._of_frames, (self.input_inverse, self.input_shift)),
         )
         y = ops.quantized_conv2d(*operands)
         if dims == 1:
@@ -129,6 +147,12 @@ class QuantizedConv(Quantized):
             y = y if last else y.contiguous()
         y = y if input.dim() == dims + 2 else y.squeeze(0)
         return y if input.dtype == torch.float32 else y.to(input.dtype)
+
+    def _of_frames(self, channels: Tensor | None) -> Tensor | None:
+        """Of the input's channels, for those of the operator's, which may be several frames of them."""
+        if channels is None or self._flat or len(self.kernel_size) < 3 or self.kernel_size[0] == 1:
+            return channels
+        return channels.reshape(self.groups, 1, -1).expand(-1, self.kernel_size[0], -1).flatten()
 
     def _frames(self, x: Tensor) -> tuple[Tensor, int]:
         """[samples, channels, depth, height, width] as samples of a 2d convolution, a number of frames for each.

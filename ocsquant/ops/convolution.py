@@ -33,6 +33,8 @@ def quantized_conv2d(
     zero: Tensor | None = None,
     levels: Tensor | None = None,
     groups: int = 1,
+    input_inverse: Tensor | None = None,
+    input_shift: Tensor | None = None,
 ) -> Tensor:
     """2d convolution with integer weights, quantizing each sample of `x` on the way in, group by group.
 
@@ -56,6 +58,12 @@ def quantized_conv2d(
         max_outliers: 0..64; 0 is plain dynamic quantization.
         outlier_threshold: 2..1e6, in units of the root mean square of the sample's group.
         groups: of channels and of outputs, each convolved alone, in order; divides both.
+        input_inverse: float32 [channels] or None. With it nothing of x is measured: the codes are those of step 1 of
+            (x - input_shift) * input_inverse, the scales being in the weights already (OutlierTune, arXiv 2406.18832),
+            and outlier_threshold does not matter. Values beyond the range keep larger codes, up to max_outliers for
+            each pixel of a group of a sample (for kernels of one element: of each pixel); where there are more, all of
+            them are clamped. Tail columns included then at most 65536.
+        input_shift: float32 [channels] or None, with input_inverse and padding 0 only.
 
     Returns:
         float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
@@ -82,6 +90,8 @@ def quantized_conv2d(
         zero,
         levels,
         groups,
+        input_inverse,
+        input_shift,
     )
 
 

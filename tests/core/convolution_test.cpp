@@ -11,7 +11,8 @@ using ocsquant::PatchShape;
 // One sample, channels first and last, and what its convolution must give.
 struct Picture {
   PatchShape s;
-  std::vector<float> first, last;  // [channels][pixels], [pixels][channels]
+  std::vector<float> first, last;     // [channels][pixels], [pixels][channels]
+  std::vector<float> inverse, shift;  // of a fixed step, repeated for a period of pixels
   ocsquant::TokenQuantizer how;
 
   explicit Picture(Random& r) {
@@ -25,6 +26,7 @@ struct Picture {
     static constexpr int kOutliers[] = {0, 1, 16, 64};
     static constexpr int kBits[] = {8, 8, 6, 4};
     how = {kBits[r.below(4)], kOutliers[r.below(4)], 2.0f + r.uniform() * 3.0f};
+    if (r.below(2) == 0) fix_step(r);
     first.resize(s.values());
     last.resize(s.values());
     const uint64_t kind = r.below(3);
@@ -36,6 +38,22 @@ struct Picture {
     for (int64_t c = 0; c < s.channels; ++c) {
       for (int64_t p = 0; p < s.pixels(); ++p) last[p * s.channels + c] = first[c * s.pixels() + p];
     }
+  }
+  // In moving, the pointers must follow the vectors.
+  Picture(const Picture&) = delete;
+  Picture& operator=(const Picture&) = delete;
+
+ private:
+  void fix_step(Random& r) {
+    how.fixed = true;
+    const int64_t period = ocsquant::pixel_period(s.channels);
+    for (std::vector<float>* v : {&inverse, &shift}) {
+      v->resize(period * s.channels);
+      for (int64_t c = 0; c < s.channels; ++c) (*v)[c] = v == &shift ? r.gauss() : 20.0f + 40.0f * r.uniform();
+      for (size_t i = s.channels; i < v->size(); ++i) (*v)[i] = (*v)[i - s.channels];
+    }
+    how.inverse = inverse.data();
+    if (r.below(2) == 0) how.shift = shift.data();
   }
 };
 
@@ -77,13 +95,13 @@ class Rig {
     float steps[2];
     for (const bool last : {false, true}) {
       const std::vector<float>& values = last ? picture.last : picture.first;
-      const float least = ocsquant::least_step_factor(s.depth(), weight.e);
-      steps[last] = codes_of(values.data(), s, !last, picture.how, least, codes[last]);
+      const ocsquant::PlaneBounds bounds = ocsquant::plane_bounds(s.depth(), weight.e);
+      steps[last] = codes_of(values.data(), s, !last, picture.how, bounds, codes[last]);
       const float* x = x_arena_.copy(values.data(), s.values(), side);
       float* scratch = scratch_arena_.place<float>(ocsquant::kPlanePixels * s.channels, side);
       const ocsquant::Planes planes = {nullptr, kernels.plane_bytes(s, picture.how.max_outliers), &steps[last]};
       uint8_t* plane = plane_arena_.place<uint8_t>(planes.bytes, side);
-      const float step = kernels.quantize_plane(x, s, !last, picture.how, least, scratch, plane);
+      const float step = kernels.quantize_plane(x, s, !last, picture.how, bounds, scratch, plane);
       c.check(scratch_arena_.intact() && plane_arena_.intact(), "bytes beside an operand were written");
       c.check(same(step, steps[last]), "the step is %a, not %a", double(step), double(steps[last]));
       multiply(level, c, picture, {plane, planes.bytes, &steps[last]}, codes[last].data(), weight, side);
@@ -99,11 +117,11 @@ class Rig {
  private:
   // The plain C++ kernels keep a sample as it is defined.
   static float codes_of(const float* x, const PatchShape& s, bool channels_first, const ocsquant::TokenQuantizer& how,
-                        float least, std::vector<int16_t>& codes) {
+                        const ocsquant::PlaneBounds& bounds, std::vector<int16_t>& codes) {
     const auto& kernels = ocsquant::kScalar.convolution;
     codes.resize(kernels.plane_bytes(s, how.max_outliers) / static_cast<int64_t>(sizeof(int16_t)));
     std::vector<float> scratch(ocsquant::kPlanePixels * s.channels);
-    return kernels.quantize_plane(x, s, channels_first, how, least, scratch.data(),
+    return kernels.quantize_plane(x, s, channels_first, how, bounds, scratch.data(),
                                   reinterpret_cast<uint8_t*>(codes.data()));
   }
 
