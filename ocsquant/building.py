@@ -137,7 +137,8 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
             flat = conv.weight.detach().float().reshape(conv.out_channels, -1)
             bias = transform.folded_bias(flat, None if bias is None else bias.detach(), conv.groups)
             inverse, shift = transform.inverse, transform.shift
-        return QuantizedConv(conv, QuantizedLinear.from_weight(ordered, bias, activations), inverse, shift)
+        product = QuantizedLinear.from_weight(ordered, bias, activations, nonlinearity=target.nonlinearity)
+        return QuantizedConv(conv, product, inverse, shift)
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]

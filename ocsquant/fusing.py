@@ -1,8 +1,9 @@
-"""Linear layers that do more than their own product: the nonlinearity that alone reads it, or their siblings' input."""
+"""Layers that do more than their own product: the nonlinearity that alone reads it, or their siblings' input."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from ocsquant import source
 from ocsquant.errors import ArgumentError
-from ocsquant.folding import TOLERANCE
+from ocsquant.folding import BATCH_NORMS, TOLERANCE, FoldedBatchNorm
 from ocsquant.inputs import change_of, output_of
 from ocsquant.nn import FusedNonlinearity, QuantizedLinear, SharedInput
 from ocsquant.nn.fused import nonlinearity_of
@@ -20,31 +21,43 @@ from ocsquant.planning import Target
 from ocsquant.transaction import Change, hooked, set_attribute, temporarily
 from ocsquant.tying import Built
 
+IDEMPOTENT = ("relu",)  # done twice it is done once: it may be called on other tensors too
 
-def fuse_nonlinearities(model: nn.Module, targets: list[Target]) -> list[Change]:
-    """Let integer linear layers compute the nonlinearity that follows them; changes for the nonlinearities' places.
 
-    What reaches past the module that holds both (a parent that calls its layers, code that takes an nn.Sequential
-    apart) is not seen: `check_fused` runs the model for that.
+def fuse_nonlinearities(model: nn.Module, targets: list[Target], folded: Collection[int]) -> list[Change]:
+    """Let integer layers compute the nonlinearity that follows them; changes for the nonlinearities' places.
+
+    folded: ids of convolutions that have taken over the BatchNorm between. What reaches past the module that holds both
+    (a parent that calls its layers, code that takes an nn.Sequential apart) is not seen: `check_fused` runs the model
+    for that.
     """
     changes: list[Change] = []
     holders = _holders(model)
+    made: dict[tuple[int, str], FusedNonlinearity] = {}
     for target in targets:
         recipe, place = target.recipe, holders.get(id(target.module))
-        integer = target.kind == "linear" and recipe.activations is not None and recipe.weights.bits is not None
+        integer = target.kind in ("linear", "conv") and None not in (recipe.activations, recipe.weights.bits)
         if not integer or place is None or target.module._forward_hooks:
             continue
         holder, name = place
-        place_of_next = follower(holder, name)
-        if place_of_next is None:
+        after = follower(holder, name, id(target.module) in folded)
+        if after is None:
             continue
+        place_of_next, alone = after
         found = placed(holder, place_of_next)
         nonlinearity = nonlinearity_of(found)
         if nonlinearity is None or (isinstance(found, nn.Module) and hooked(found)):
             continue
+        if not alone and nonlinearity not in IDEMPOTENT:
+            continue
         target.nonlinearity = nonlinearity
         target.notes.append(f"computes the {nonlinearity} that follows")
-        changes.append(replace(holder, place_of_next, FusedNonlinearity(nonlinearity)))
+        key = (id(holder), place_of_next)
+        if key in made:
+            made[key].layers += 1
+            continue
+        made[key] = FusedNonlinearity(nonlinearity, called_elsewhere=not alone)
+        changes.append(replace(holder, place_of_next, made[key]))
     return changes
 
 
@@ -105,11 +118,21 @@ def replace(holder: nn.Module, name: str, new: FusedNonlinearity) -> Change:
     return lambda: modules.__setitem__(name, new), lambda: modules.__setitem__(name, old)
 
 
-def follower(holder: nn.Module, name: str) -> str | None:
-    """What `holder` calls on the output of its child `name`, and on nothing else, where its code proves that."""
-    if type(holder) is nn.Sequential:
-        return dict(pairwise(holder._modules)).get(name) if "forward" not in holder.__dict__ else None
-    return source.calls(holder).get(name)
+def follower(holder: nn.Module, name: str, folded: bool) -> tuple[str, bool] | None:
+    """What `holder` calls on the output of its child `name`, and on nothing else, where its code proves that; and
+    whether it calls that nowhere else. folded: a BatchNorm that comes first does nothing any more.
+    """
+    found = _next(holder, name)
+    if folded and found is not None and isinstance(placed(holder, found[0]), (*BATCH_NORMS, FoldedBatchNorm)):
+        return _next(holder, found[0])
+    return found
+
+
+def _next(holder: nn.Module, name: str) -> tuple[str, bool] | None:
+    if type(holder) is not nn.Sequential:
+        return source.calls(holder).get(name)
+    after = dict(pairwise(holder._modules)).get(name) if "forward" not in holder.__dict__ else None
+    return None if after is None else (after, True)
 
 
 def check_fused(model: nn.Module, changes: list[Change], batch: Any) -> None:

@@ -79,9 +79,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             folded.append(name)
         for place, found in (*module._modules.items(), *module.__dict__.items()):
             if isinstance(found, FusedNonlinearity):
-                fused.append([name, place, found.nonlinearity])
-    computed = Counter(kind for settings in layers.values() if (kind := settings.get("nonlinearity")))
-    if computed != Counter(kind for _, _, kind in fused):
+                fused.append([name, place, found.nonlinearity, found.layers, found.called_elsewhere])
+    if _computed(layers) != _replaced(fused):
         parts = "a layer that computes a nonlinearity without the module in that one's place"
         raise UnsupportedModuleError("", f"{parts}: save the model that holds both, or quantize with fuse=False")
     if not layers:
@@ -294,19 +293,33 @@ def _place_shared(modules: dict[str, nn.Module], made: dict[int, nn.Module], gro
 
 def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[Change]:
     """Nonlinearities that the layers before them compute."""
-    computed = Counter(s.get("nonlinearity") for s in record["layers"].values() if s.get("nonlinearity"))
-    if computed != Counter(kind for _, _, kind in record["fused"]):
+    if _computed(record["layers"]) != _replaced(record["fused"]):
         raise CorruptCheckpointError("its layers compute other nonlinearities than it says that they replace")
     changes = []
-    for path, place, kind in record["fused"]:
+    for path, place, kind, count, elsewhere in record["fused"]:
         holder = modules.get(path) or nn.Identity()
-        own = [f"{path}.{name}".lstrip(".") for name in holder._modules if follower(holder, name) == place]
-        computes = len(own) == 1 and record["layers"].get(own[0], {}).get("nonlinearity") == kind
+        children = {f"{path}.{name}".lstrip("."): name for name in holder._modules}
+        own = [p for p in children if record["layers"].get(p, {}).get("nonlinearity") == kind]
+        after = [follower(holder, children[p], p in record["folded"]) for p in own]
+        computes = after.count((place, not elsewhere)) == count > 0
         if not computes or nonlinearity_of(placed(holder, place)) != kind:
             where = f"{path}.{place}".lstrip(".")
             raise SchemaMismatchError(f"the file has a {kind} at '{where}' that a layer computes, the model has not")
-        changes.append(replace(holder, place, FusedNonlinearity(kind)))
+        changes.append(replace(holder, place, FusedNonlinearity(kind, count, elsewhere)))
     return changes
+
+
+def _computed(layers: dict[str, Any]) -> Counter[str]:
+    """How many layers compute each nonlinearity."""
+    return Counter(kind for settings in layers.values() if (kind := settings.get("nonlinearity")))
+
+
+def _replaced(fused: list[list[Any]]) -> Counter[str]:
+    """The same by the modules in the places of the nonlinearities."""
+    found: Counter[str] = Counter()
+    for _, _, kind, count, _ in fused:
+        found[kind] += count
+    return found
 
 
 def _place_floats(model: nn.Module, left: dict[str, Tensor], quantized: set[str]) -> list[Change]:

@@ -26,9 +26,9 @@ SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 UNCERTAIN = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def calls(holder: nn.Module) -> dict[str, str]:
-    """`a` -> `b` for every `self.b(self.a(...))` of a module whose class names neither anywhere else, and does nothing
-    with itself but read attributes by name.
+def calls(holder: nn.Module) -> dict[str, tuple[str, bool]]:
+    """`a` -> `b` for every `self.b(self.a(...))` of a module whose class names `a` nowhere else, and does nothing with
+    itself but read attributes by name; and whether it names `b` nowhere else.
 
     Also as two statements, one after the other: `h = self.a(...)` and `h = self.b(h)`.
     """
@@ -40,7 +40,7 @@ def calls(holder: nn.Module) -> dict[str, str]:
     found = dict(pair for tree in trees for pair in _pairs(tree))
     counts = _mentions(trees)
     kept = {name for tree in trees for name in _kept(tree)}
-    return {a: b for a, b in found.items() if counts[a] == counts[b] == 1 and a not in kept}
+    return {a: (b, counts[b] == 1) for a, b in found.items() if counts[a] == 1 and a not in kept}
 
 
 def siblings(holder: nn.Module) -> list[list[str]]:

@@ -22,6 +22,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "zero": WRONG_STORAGE["zero"] | {"rank": ZERO[0], "size": torch.cat([ZERO, ZERO]), "range": ZERO},
     **WINDOW,
     "groups": {"range": 0, "channels": 2},
+    "nonlinearity": {"range": Wrong("swish", text="none, relu")},
     **{name: {"size": Wrong(tensor(4), text="3 entries")} for name in ("input_inverse", "input_shift")},
 }
 

@@ -223,7 +223,8 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
                         const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups,
-                        const std::optional<Tensor>& input_inverse, const std::optional<Tensor>& input_shift) {
+                        const std::optional<Tensor>& input_inverse, const std::optional<Tensor>& input_shift,
+                        const std::string& nonlinearity) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
@@ -256,8 +257,9 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
     shift = dense(*input_shift);
     how.shift = shift->const_data_ptr<float>();
   }
-  const LinearWeight weight(kOp, {packed, scale, bias, tail_index, Storage{weight_bits, zero, levels}}, s.depth(),
-                            how.fixed ? kMaxFixedDepth : kMaxDepth);
+  const Storage storage = {weight_bits, zero, levels};
+  const LinearWeight weight(kOp, {packed, scale, bias, tail_index, storage, check_nonlinearity(kOp, nonlinearity)},
+                            s.depth(), how.fixed ? kMaxFixedDepth : kMaxDepth);
   OCSQ_CHECK(s.values() <= std::numeric_limits<int32_t>::max(), kOp,
              ": x must have fewer than 2^31 values a sample, got ", s.values());
   const PackedWeight& w = weight.weight();

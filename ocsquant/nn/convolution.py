@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ocsquant import ops
 from ocsquant.errors import ArgumentError
+from ocsquant.nn.fused import applied, fuses
 from ocsquant.nn.linear import FLOATS, QuantizedLinear
 from ocsquant.nn.quantized import Quantized
 
@@ -24,7 +25,8 @@ class QuantizedConv(Quantized):
     its inputs in the order [kernel height][width][depth][channels]. The output lies in memory as the input does,
     contiguous or channels last (which is faster). With calibrated inputs `input_inverse` and `input_shift`, float32
     [in_channels] or None, are what a channel is multiplied with after it was shifted; their part of the output is in
-    the weight and bias of `product`. Takes float32, bfloat16, float16 or float64;
+    the weight and bias of `product`. With a nonlinearity of `product` the output is what that makes of it, as of a
+    `QuantizedLinear`. Takes float32, bfloat16, float16 or float64;
     returns the same dtype.
     """
 
@@ -116,9 +118,12 @@ class QuantizedConv(Quantized):
                 value = self._integer(input)
             smooth = self._float(input)
             return value + (smooth - smooth.detach())
-        return self._integer(input)
+        kind = self.product.nonlinearity
+        if kind is None or self._forward_hooks or not fuses():
+            return self._integer(input)
+        return applied(self._integer(input, kind), kind)
 
-    def _integer(self, input: Tensor) -> Tensor:
+    def _integer(self, input: Tensor, nonlinearity: str = "none") -> Tensor:
         dims, p = len(self.kernel_size), self.product
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
         x = self._padded(x if x.dtype == torch.float32 else x.float())
@@ -136,6 +141,7 @@ class QuantizedConv(Quantized):
             *self._window,
             *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.groups),
             *map(self._of_frames, (self.input_inverse, self.input_shift)),
+            nonlinearity,
         )
         y = ops.quantized_conv2d(*operands)
         if dims == 1:
@@ -186,6 +192,7 @@ class QuantizedConv(Quantized):
 
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS}
+        own["nonlinearity"] = self.product.nonlinearity
         return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
 
     def extra_repr(self) -> str:

@@ -44,19 +44,20 @@ class FusedNonlinearity(nn.Module):
 
     With gradients enabled and under torch.compile or torch.export that layer leaves it to this module. Takes and
     returns a tensor of any shape. Raises ArgumentError where the layer's output was replaced or (outside
-    torch.inference_mode) written into on its way here.
+    torch.inference_mode) written into on its way here; not if it is `called_elsewhere`, on other tensors than those of
+    the `layers` that compute it: it computes what it cannot tell from those.
     """
 
-    def __init__(self, nonlinearity: str) -> None:
+    def __init__(self, nonlinearity: str, layers: int = 1, called_elsewhere: bool = False) -> None:
         super().__init__()
-        self.nonlinearity = nonlinearity
+        self.nonlinearity, self.layers, self.called_elsewhere = nonlinearity, layers, called_elsewhere
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._alone(input)
         if getattr(input, APPLIED, None) == (self.nonlinearity, version(input)):
             return input
-        if not fuses():
+        if not fuses() or self.called_elsewhere:
             return self._alone(input)
         expected = f"the output of the quantized layer that computes this {self.nonlinearity}, as it left it"
         got = "another tensor: where something comes between (an adapter, a hook), quantize with fuse=False"
@@ -71,7 +72,8 @@ class FusedNonlinearity(nn.Module):
         return nonlinear(input.float(), self.nonlinearity).to(input.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.nonlinearity}, computed by the layer before"
+        before = "layer" if self.layers == 1 else f"{self.layers} layers"
+        return f"{self.nonlinearity}, computed by the {before} before"
 
 
 def nonlinearity_of(thing: object) -> str | None:

@@ -35,6 +35,7 @@ def quantized_conv2d(
     groups: int = 1,
     input_inverse: Tensor | None = None,
     input_shift: Tensor | None = None,
+    nonlinearity: str = "none",
 ) -> Tensor:
     """2d convolution with integer weights, quantizing each sample of `x` on the way in, group by group.
 
@@ -64,6 +65,7 @@ def quantized_conv2d(
             each pixel of a group of a sample (for kernels of one element: of each pixel); where there are more, all of
             them are clamped. Tail columns included then at most 65536.
         input_shift: float32 [channels] or None, with input_inverse and padding 0 only.
+        nonlinearity: of the output, as in `quantized_linear`.
 
     Returns:
         float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
@@ -92,6 +94,7 @@ def quantized_conv2d(
         groups,
         input_inverse,
         input_shift,
+        nonlinearity,
     )
 
 
