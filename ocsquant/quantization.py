@@ -113,6 +113,6 @@ def quantize(
         changes = changes + more
         if fused and fuse is not True:
             check_fused(model, changes, fuse)
-        changes.append(set_attribute(model, reporting.ATTRIBUTE, (*layers, *lines)))
+        changes.append(set_attribute(model, reporting.ATTRIBUTE, reporting.with_earlier(model, [*layers, *lines])))
         commit(changes)
     return model

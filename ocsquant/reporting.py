@@ -42,6 +42,13 @@ class Layer:
         return f"W{self.bits}A{self.activation_bits or 16}"
 
 
+def with_earlier(model: nn.Module, lines: list[Layer]) -> tuple[Layer, ...]:
+    """And what an earlier call has said of modules that these lines do not name, as long as they are there."""
+    named = {line.path for line in lines}
+    left = {path for path, _ in model.named_modules()} - named
+    return (*lines, *(line for line in model.__dict__.get(ATTRIBUTE) or () if line.path in left))
+
+
 @dataclass(frozen=True)
 class Report:
     """The layers of a model; prints as a table."""

@@ -191,6 +191,21 @@ def test_a_subclass_with_its_own_forward_stays_float_by_name():
     assert "forward of its own" in reasons(model)["0"]
 
 
+def test_what_the_first_call_did_beside_layers_stays_in_the_report():
+    conv = nn.Sequential(nn.Conv2d(64, 64, 3), nn.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 128))
+    encoder = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.Sequential(conv, encoder).eval()
+    ocsquant.quantize(model, ignore=["0.3"], fold_batchnorm=True)
+    first = reasons(model)
+    assert first["0.1"] == "folded into the convolution"
+    assert "switched off" in first["1"]
+    ocsquant.quantize(model)
+    second = reasons(model)
+    assert (second["0.1"], second["1"]) == (first["0.1"], first["1"])
+    assert second["0.3"] == ""
+    assert len(second) == len(ocsquant.report(model).layers)
+
+
 def test_quantized_twice():
     model = ocsquant.quantize(mlp())
     with pytest.raises(ocsquant.NothingToQuantizeError, match="already quantized"):
