@@ -16,7 +16,7 @@ from ocsquant.nn import QuantizedMultiheadAttention
 from ocsquant.observers import InputStatistics, Statistics, check_batches, check_finite
 from ocsquant.planning import Target
 
-MEMORY = 256 * 2**20  # bytes of Hessians held at a time, or those of one layer where they are more
+MEMORY = 128 * 2**20  # bytes of Hessians held at a time, or those of one layer where they are more
 
 
 def unseen_by_design(model: nn.Module, target: Target) -> str | None:

@@ -107,11 +107,17 @@ class InputStatistics:
         self.calls += 1
         self.total = self.total + x.sum(0, dtype=torch.float64)
         self.squares = self.squares + x.double().square().sum(0)
-        first = -self.count % self.stride
-        self.sample = torch.cat([self.sample, x[first :: self.stride]])
-        self.half = torch.cat([self.half, half[first :: self.stride]])
+        self._keep(x, half)
         self.count += x.shape[0]
-        self._thin(1)
+
+    def _keep(self, x: Tensor, half: Tensor) -> None:
+        """Every stride-th of more tokens, at a stride at which all fit: nothing larger is made on the way."""
+        stride, step = self.stride, 1
+        while len(range(0, len(self.sample), step)) + len(range(-self.count % stride, len(x), stride)) > SAMPLE:
+            stride, step = 2 * stride, 2 * step
+        more = slice(-self.count % stride, None, stride)
+        self.stride = stride
+        self.sample, self.half = torch.cat([self.sample[::step], x[more]]), torch.cat([self.half[::step], half[more]])
 
     def _thin(self, stride: int) -> None:
         """Keep every stride-th token, and so few that they fit."""

@@ -82,7 +82,6 @@ def quantize(
     check_batch_or_bool("fuse", fuse)
     check_type("progress", progress, (bool, type(None)), "True, False or None")
     request = merge_request(recipe, ignore, overrides)
-    seen = None
 
     def bar(batches: Iterable[Any]) -> Iterable[Any]:
         return bar_of(batches, progress, "calibrate", "batch")
@@ -94,10 +93,10 @@ def quantize(
             target.source = folded.get(id(target.module), target.module)
         if any(target.recipe.weights.rounding == "gptq" for target in plan.targets):
             calibration = repeatable(calibration)
-        if calibration is not None:
-            seen = statistics_of(model, calibration, bar)
+        seen = None if calibration is None else statistics_of(model, calibration, bar)
         fix_input_scales(model, plan.targets, seen)
         attach_moments(model, plan.targets, seen)
+        del seen  # all that building needs of it stands in the targets now
         fused = fuse is not False and not simulate
         if fused:
             changes = changes + fuse_nonlinearities(model, plan.targets, folded)

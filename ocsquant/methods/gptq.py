@@ -17,6 +17,7 @@ from ocsquant.errors import ArgumentError
 from ocsquant.methods.grid import QuantizedWeight
 
 BLOCK = 128
+VALUES = 2**23  # of whole rows at a time: they do not depend on each other
 DAMPING = 0.01  # share of the mean second moment added to the diagonal
 
 
@@ -40,6 +41,12 @@ def gptq(w: Tensor, grid: QuantizedWeight, factor: InverseFactor) -> QuantizedWe
 
     A channel whose input is always zero keeps its nearest code.
     """
+    count = max(1, VALUES // max(w.shape[1], 1))
+    if w.shape[0] > count:
+        codes = torch.empty_like(grid.codes)
+        for i in range(0, w.shape[0], count):
+            codes[i : i + count] = gptq(w[i : i + count], grid.rows(i, i + count), factor).codes
+        return dataclasses.replace(grid, codes=codes)
     columns, upper = factor.order.tolist(), factor.upper
     rest = w[:, factor.order]
     codes = grid.codes.clone()

@@ -109,10 +109,12 @@ class QuantizedWeight:
         """
         integers = self.integers()
         limit = code_limit(self.bits) if self.levels is None and self.zero is None else TAIL_LIMIT
-        base = integers.clamp(-limit, limit)
-        rest = integers - base
-        index = rest.any(dim=0).nonzero()[:, 0]
-        return base.to(torch.int8), rest[:, index].to(torch.int8).contiguous(), index.to(torch.int32)
+        low, high = integers.amin(0), integers.amax(0)
+        index = ((low < -limit) | (high > limit)).nonzero()[:, 0]
+        wide = integers[:, index]
+        base = integers.to(torch.int8)
+        base[:, index] = wide.clamp(-limit, limit).to(torch.int8)
+        return base, (wide - base[:, index]).to(torch.int8), index.to(torch.int32)
 
 
 def _look_up(levels: Tensor, codes: Tensor) -> Tensor:
