@@ -161,7 +161,8 @@ def columns(module: nn.Module, given: Any, state: Any) -> Iterator[tuple[str, Te
 
 
 def _float(x: Tensor) -> Tensor:
-    return x.detach().to("cpu", torch.float32, copy=True)
+    """Of the values, which may be the tensor's own: to be read, not kept."""
+    return x.detach().to("cpu", torch.float32)
 
 
 def _recurrent_tokens(module: nn.LSTM | nn.GRU, given: Any, state: Any) -> Iterator[tuple[str, Tensor]]:
@@ -217,7 +218,7 @@ def _initial_state(module: nn.LSTM | nn.GRU, state: Any, batch: int, size: int) 
 
 
 def _one_layer(module: nn.LSTM | nn.GRU, layer: int, width: int) -> nn.Module:
-    """One layer of a stack, on copies of its weights."""
+    """One layer of a stack, on its weights."""
     options: dict[str, Any] = {"bias": module.bias, "bidirectional": module.bidirectional}
     if getattr(module, "proj_size", 0):
         options["proj_size"] = module.proj_size

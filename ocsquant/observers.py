@@ -96,17 +96,18 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Count the float32 tokens [m, channels]."""
         # The first part of a batch goes to one half, the second to the other, and the next batch the other way round.
-        place = torch.arange(x.shape[0], device="cpu") * 2 // x.shape[0]
-        half = (place + self.calls).remainder(2).to(torch.int8)
+        middle = (len(x) + 1) // 2
+        half = torch.full((len(x),), (self.calls + 1) % 2, dtype=torch.int8, device="cpu")
+        half[:middle] = self.calls % 2
         low, high = self.low.clone(), self.high.clone()
-        for i in range(2):
-            if (part := x[half == i]).shape[0]:
+        for i, part in ((self.calls % 2, x[:middle]), ((self.calls + 1) % 2, x[middle:])):
+            if len(part):
                 low[i] = torch.minimum(low[i], part.amin(0))
                 high[i] = torch.maximum(high[i], part.amax(0))
         self.low, self.high = low, high
         self.calls += 1
         self.total = self.total + x.sum(0, dtype=torch.float64)
-        self.squares = self.squares + x.double().square().sum(0)
+        self.squares = self.squares + torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()
         self._keep(x, half)
         self.count += x.shape[0]
 
