@@ -1,7 +1,8 @@
 """A network of the shape of ResNet-50 (weights drawn at random) against float32 and FX graph mode int8.
 
 FX needs calibration and keeps uint8 between its layers; ours needs no data and takes and gives float32. "folded" is
-fold_batchnorm=the image; of the float network, torch.fx.experimental.optimization.fuse does the same. Large outputs in
+fold_batchnorm=the image; of the float network, torch.fx.experimental.optimization.fuse does the same. "fused" computes
+the ReLUs that follow convolutions in them, "static" takes the range of inputs from calibration. Large outputs in
 float32 make the time depend on the memory that other models have left behind: --alone shows it without.
 """
 
@@ -94,6 +95,11 @@ def main() -> None:
     last = copy.deepcopy(model).to(memory_format=torch.channels_last)
     x_last = x.contiguous(memory_format=torch.channels_last)
     ours = ocsquant.quantize(copy.deepcopy(last), fold_batchnorm=x_last)
+    fused = ocsquant.quantize(copy.deepcopy(last), fold_batchnorm=x_last, fuse=x_last)
+    recipe = ocsquant.Recipe(activations=ocsquant.PerTensorStatic())
+    static = ocsquant.quantize(
+        copy.deepcopy(last), recipe, fold_batchnorm=x_last, fuse=x_last, calibration=[torch.randn(4, *INPUT[1:])]
+    )
     models: dict[str, tuple[nn.Module, Tensor, str | None]] = {
         "float32": (model, x, None),
         "float32, channels last, fused": (fuse(copy.deepcopy(last)), x_last, None),
@@ -101,6 +107,8 @@ def main() -> None:
         "ocsquant, folded": (ocsquant.quantize(copy.deepcopy(model), fold_batchnorm=x), x, None),
         "ocsquant, channels last": (ocsquant.quantize(last), x_last, None),
         "ocsquant, channels last, folded": (ours, x_last, None),
+        "ocsquant, channels last, folded, fused": (fused, x_last, None),
+        "ocsquant, channels last, folded, fused, static": (static, x_last, None),
     }
     with torch.no_grad():
         expected = model(x)

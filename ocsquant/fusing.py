@@ -56,7 +56,8 @@ def fuse_nonlinearities(model: nn.Module, targets: list[Target], folded: Collect
         if key in made:
             made[key].layers += 1
             continue
-        made[key] = FusedNonlinearity(nonlinearity, called_elsewhere=not alone)
+        earlier = found.layers if isinstance(found, FusedNonlinearity) else 0
+        made[key] = FusedNonlinearity(nonlinearity, earlier + 1, not alone, getattr(found, "inplace", False))
         changes.append(replace(holder, place_of_next, made[key]))
     return changes
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ocsquant.config import OCS, Activations, Weights
 from ocsquant.errors import NotCalibratedError, first_few
 from ocsquant.hessians import by_output, check_width, second_moments, unseen_by_design
-from ocsquant.layers import Matrix, matrices, plan_splits, quantize_matrix, range_limit
+from ocsquant.layers import CONVOLUTIONS, Matrix, matrices, plan_splits, quantize_matrix, range_limit
 from ocsquant.methods import ocs
 from ocsquant.methods.learned_clips import ClippedInput
 from ocsquant.methods.outliertune import InputTransform, input_transform, transformed_codes
 from ocsquant.methods.tokens import quantize_tokens
+from ocsquant.nn.convolution import pads
 from ocsquant.observers import InputStatistics, Statistics
 from ocsquant.planning import Target
 from ocsquant.suitability import fixed_inputs_problem
@@ -71,7 +72,7 @@ def _fix(target: Target, seen: InputStatistics) -> None:
     weight = matrix.by_channel(target.groups)
     if a.split is not None:
         target.copies = _copies(a.split, target.recipe.weights, weight, seen)
-    target.transform = _transform(a, seen.minimum, seen.maximum, weight, target.copies)
+    target.transform = _transform(target, seen.minimum, seen.maximum, weight, target.copies)
 
 
 def _copies(split: OCS, weights: Weights, weight: Tensor, seen: InputStatistics) -> Tensor:
@@ -83,8 +84,12 @@ def _copies(split: OCS, weights: Weights, weight: Tensor, seen: InputStatistics)
 
 
 def _transform(
-    a: Activations, low: Tensor, high: Tensor, weight: Tensor, copies: Tensor | None = None
+    target: Target, low: Tensor, high: Tensor, weight: Tensor, copies: Tensor | None = None
 ) -> InputTransform:
+    a, module = target.recipe.activations, target.source
+    assert a is not None
+    if isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros" and pads(module):
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)  # no pixel that calibration saw, but an input
     return input_transform(low, high, weight, a.bits, a.scale, a.smooth_alpha, a.shift, copies)
 
 
@@ -120,7 +125,7 @@ def _errors(target: Target, matrix: Matrix, seen: InputStatistics) -> tuple[floa
         if x.shape[0] == 0 or not seen.low[other].isfinite().all():
             return math.inf, 0.0  # one token or none: nothing to judge a fixed scale by
         exact = x @ weight.T
-        transform = _transform(a, seen.low[other], seen.high[other], weight)
+        transform = _transform(target, seen.low[other], seen.high[other], weight)
         codes, step = transformed_codes(x, transform, a.bits, a.max_outliers, a.outlier_threshold)
         y = (codes * step[:, None]) @ approximate(transform).T
         if transform.shift is not None:

@@ -305,7 +305,8 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
         if not computes or nonlinearity_of(placed(holder, place)) != kind:
             where = f"{path}.{place}".lstrip(".")
             raise SchemaMismatchError(f"the file has a {kind} at '{where}' that a layer computes, the model has not")
-        changes.append(replace(holder, place, FusedNonlinearity(kind, count, elsewhere)))
+        inplace = getattr(placed(holder, place), "inplace", False)
+        changes.append(replace(holder, place, FusedNonlinearity(kind, count, elsewhere, inplace)))
     return changes
 
 

@@ -28,7 +28,7 @@ UNCERTAIN = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.D
 
 def calls(holder: nn.Module) -> dict[str, tuple[str, bool]]:
     """`a` -> `b` for every `self.b(self.a(...))` of a module whose class names `a` nowhere else, and does nothing with
-    itself but read attributes by name; and whether it names `b` nowhere else.
+    itself but read attributes by name; and whether it calls `b` nowhere else. It does nothing with `b` but call it.
 
     Also as two statements, one after the other: `h = self.a(...)` and `h = self.b(h)`.
     """
@@ -40,7 +40,9 @@ def calls(holder: nn.Module) -> dict[str, tuple[str, bool]]:
     found = dict(pair for tree in trees for pair in _pairs(tree))
     counts = _mentions(trees)
     kept = {name for tree in trees for name in _kept(tree)}
-    return {a: (b, counts[b] == 1) for a, b in found.items() if counts[a] == 1 and a not in kept}
+    called = Counter(_called(node) for tree in trees for node in _run(tree))
+    sound = {a: b for a, b in found.items() if counts[a] == 1 and counts[b] == called[b] and a not in kept}
+    return {a: (b, counts[b] == 1) for a, b in sound.items()}
 
 
 def siblings(holder: nn.Module) -> list[list[str]]:

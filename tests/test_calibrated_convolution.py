@@ -119,6 +119,21 @@ def test_calibrated_inputs_halve_the_error_of_positive_inputs():
     assert errors["calibrated"] < 0.6 * errors["per sample"]
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Conv2d(32, 64, 3, padding=1), lambda: nn.Conv1d(32, 64, 4, padding="same")]
+)
+def test_zeros_around_the_input_are_inputs_too(make):
+    """Far from all that calibration sees, they would be clamped to its edge."""
+    torch.manual_seed(0)
+    module = make()
+    x = torch.rand(8, 32, *(12 for _ in module.kernel_size)) + 1.0
+    q = ocsquant.quantize(
+        copy.deepcopy(module), overrides={"": Recipe(activations=PerChannelStatic())}, calibration=[x]
+    )
+    expected = module(x)
+    assert (q(x) - expected).norm() < 0.01 * expected.norm()
+
+
 @pytest.mark.parametrize("rounding", ["gptq", "squant", "nearest"])
 def test_calibrated_inputs_with_every_rounding(rounding):
     torch.manual_seed(0)

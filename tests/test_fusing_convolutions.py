@@ -113,6 +113,65 @@ def test_what_is_read_between_is_not_fused():
     assert made(x).isfinite().all()
 
 
+class InPlaceElsewhere(Block):
+    def forward(self, x):
+        h = self.conv2(self.relu(self.conv1(x)))
+        h = self.conv3(h) + x
+        self.relu(h)  # changes h
+        return h
+
+
+class Preactivation(Block):
+    def forward(self, x):
+        h = self.relu(x)  # changes x
+        h = self.relu(self.conv1(h))
+        return self.conv3(h) + x
+
+
+class CalledTwice(Block):
+    def __init__(self):
+        super().__init__()
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        h = self.relu(self.conv1(x))
+        k = self.relu(h)
+        k += 1
+        return h + k
+
+
+class AsksIt(Block):
+    def forward(self, x):
+        h = self.relu(self.conv1(x))
+        return self.conv3(h * 1 if self.relu.inplace else h)
+
+
+@pytest.mark.parametrize("cls", [InPlaceElsewhere, Preactivation, CalledTwice, AsksIt])
+@pytest.mark.parametrize("batch", [False, True])
+@torch.no_grad()
+def test_what_a_relu_does_elsewhere_it_goes_on_doing(cls, batch):
+    torch.manual_seed(0)
+    model, x = cls().eval(), torch.randn(2, 128, 7, 6)
+    plain = ocsquant.quantize(copy.deepcopy(model))
+    made = ocsquant.quantize(copy.deepcopy(model), fuse=x.clone() if batch else True)
+    assert places(made) == ({} if cls is AsksIt else {"relu": (1, True)})
+    one, other = x.clone(), x.clone()
+    assert torch.equal(made(one), plain(other))
+    assert torch.equal(one, other)
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(made, fullgraph=True, backend="aot_eager")(x.clone()), plain(x.clone()))
+
+
+def test_fusing_in_two_calls(tmp_path):
+    x = torch.randn(2, 128, 7, 6)
+    made = ocsquant.quantize(Block().eval(), ignore=["conv2"], fold_batchnorm=x, fuse=True)
+    assert places(made) == {"relu": (1, True)}
+    ocsquant.quantize(made, fuse=True)
+    ocsquant.save(made, tmp_path / "file")
+    with torch.no_grad():
+        assert torch.equal(ocsquant.load(Block().eval(), tmp_path / "file")(x), made(x))
+
+
 def test_a_file_wants_the_places_it_was_written_for(tmp_path):
     x = torch.randn(2, 128, 7, 6)
     ocsquant.save(ocsquant.quantize(Block().eval(), fold_batchnorm=x, fuse=True), tmp_path / "file")

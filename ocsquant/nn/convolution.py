@@ -209,6 +209,11 @@ def _sides(like: Any) -> list[int]:
     return [side for size in reversed(like.padding) for side in (size, size)]
 
 
+def pads(like: Any) -> bool:
+    """Whether a convolution puts anything around its input."""
+    return any(_sides(like))
+
+
 def _is_last(x: Tensor) -> bool:
     """Whether it lies channels last, and cannot be read as contiguous too."""
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()

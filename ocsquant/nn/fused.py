@@ -45,17 +45,22 @@ class FusedNonlinearity(nn.Module):
     With gradients enabled and under torch.compile or torch.export that layer leaves it to this module. Takes and
     returns a tensor of any shape. Raises ArgumentError where the layer's output was replaced or (outside
     torch.inference_mode) written into on its way here; not if it is `called_elsewhere`, on other tensors than those of
-    the `layers` that compute it: it computes what it cannot tell from those.
+    the `layers` that compute it: it computes what it cannot tell from those, `inplace` if what it stands for did.
     """
 
-    def __init__(self, nonlinearity: str, layers: int = 1, called_elsewhere: bool = False) -> None:
+    def __init__(
+        self, nonlinearity: str, layers: int = 1, called_elsewhere: bool = False, inplace: bool = False
+    ) -> None:
         super().__init__()
         self.nonlinearity, self.layers, self.called_elsewhere = nonlinearity, layers, called_elsewhere
+        self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._alone(input)
         if getattr(input, APPLIED, None) == (self.nonlinearity, version(input)):
+            if self.called_elsewhere:
+                delattr(input, APPLIED)  # once: a second call on this tensor has to give another one
             return input
         if not fuses() or self.called_elsewhere:
             return self._alone(input)
@@ -65,6 +70,8 @@ class FusedNonlinearity(nn.Module):
 
     def _alone(self, input: Tensor) -> Tensor:
         """Without gradients with the bits of the layer's own."""
+        if self.called_elsewhere and self.inplace:
+            return torch.relu_(input)  # the only one of them that may be
         if torch.is_grad_enabled() or torch.jit.is_tracing():
             return NONLINEARITIES[self.nonlinearity](input)
         if input.dtype in (torch.float32, torch.bfloat16):
