@@ -53,6 +53,11 @@ class GeluElsewhere(nn.Module):
         return self.act(self.conv(x)) + self.act(x)
 
 
+def quantize(model, recipe="W8A8", **options):
+    """By name: also what would not gain on this CPU."""
+    return ocsquant.quantize(model, overrides={"*": recipe}, **options)
+
+
 def sequential():
     made = nn.Sequential(
         nn.Conv2d(128, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 128, 1), nn.SiLU(), nn.Flatten()
@@ -79,8 +84,8 @@ def test_proven_patterns_are_fused(name, recipe, layout, tmp_path):
     model = make().eval().to(memory_format=layout)
     x = torch.randn(2, 128, 7, 6).contiguous(memory_format=layout)
     options = {"fold_batchnorm": x, "calibration": [x]}
-    plain = ocsquant.quantize(copy.deepcopy(model), recipe, **options)
-    made = ocsquant.quantize(copy.deepcopy(model), recipe, **options, fuse=x)
+    plain = quantize(copy.deepcopy(model), recipe, **options)
+    made = quantize(copy.deepcopy(model), recipe, **options, fuse=x)
     assert places(plain) == {}
     assert places(made) == expected_places
     noted = [line for line in ocsquant.report(made).layers if "that follows" in line.reason]
@@ -107,8 +112,8 @@ def test_proven_patterns_are_fused(name, recipe, layout, tmp_path):
 def test_what_is_read_between_is_not_fused():
     x = torch.randn(2, 128, 7, 6)
     for make in (ReadBetween, GeluElsewhere):
-        assert places(ocsquant.quantize(make().eval(), fuse=True)) == {}
-    made = ocsquant.quantize(Block().eval(), fuse=True)  # its BatchNorms are there
+        assert places(quantize(make().eval(), fuse=True)) == {}
+    made = quantize(Block().eval(), fuse=True)  # its BatchNorms are there
     assert places(made) == {}
     assert made(x).isfinite().all()
 
@@ -152,8 +157,8 @@ class AsksIt(Block):
 def test_what_a_relu_does_elsewhere_it_goes_on_doing(cls, batch):
     torch.manual_seed(0)
     model, x = cls().eval(), torch.randn(2, 128, 7, 6)
-    plain = ocsquant.quantize(copy.deepcopy(model))
-    made = ocsquant.quantize(copy.deepcopy(model), fuse=x.clone() if batch else True)
+    plain = quantize(copy.deepcopy(model))
+    made = quantize(copy.deepcopy(model), fuse=x.clone() if batch else True)
     assert places(made) == ({} if cls is AsksIt else {"relu": (1, True)})
     one, other = x.clone(), x.clone()
     assert torch.equal(made(one), plain(other))
@@ -164,9 +169,9 @@ def test_what_a_relu_does_elsewhere_it_goes_on_doing(cls, batch):
 
 def test_fusing_in_two_calls(tmp_path):
     x = torch.randn(2, 128, 7, 6)
-    made = ocsquant.quantize(Block().eval(), ignore=["conv2"], fold_batchnorm=x, fuse=True)
+    made = quantize(Block().eval(), ignore=["conv2"], fold_batchnorm=x, fuse=True)
     assert places(made) == {"relu": (1, True)}
-    ocsquant.quantize(made, fuse=True)
+    quantize(made, fuse=True)
     ocsquant.save(made, tmp_path / "file")
     with torch.no_grad():
         assert torch.equal(ocsquant.load(Block().eval(), tmp_path / "file")(x), made(x))
@@ -174,7 +179,7 @@ def test_fusing_in_two_calls(tmp_path):
 
 def test_a_file_wants_the_places_it_was_written_for(tmp_path):
     x = torch.randn(2, 128, 7, 6)
-    ocsquant.save(ocsquant.quantize(Block().eval(), fold_batchnorm=x, fuse=True), tmp_path / "file")
+    ocsquant.save(quantize(Block().eval(), fold_batchnorm=x, fuse=True), tmp_path / "file")
     with pytest.raises(ocsquant.SchemaMismatchError, match="relu at 'relu'"):
         ocsquant.load(ReadBetween().eval(), tmp_path / "file")
 
@@ -187,7 +192,7 @@ def test_which_names_are_called_elsewhere():
 
 def test_a_hook_between_is_refused_or_seen():
     x = torch.randn(2, 128, 7, 6)
-    made = ocsquant.quantize(sequential().eval(), fold_batchnorm=True, fuse=True)
+    made = quantize(sequential().eval(), fold_batchnorm=True, fuse=True)
     made[0].register_forward_hook(lambda module, args, y: y * 0.5)
     with torch.no_grad(), pytest.raises(ocsquant.ArgumentError, match="fuse=False"):
         made(x)
