@@ -21,12 +21,10 @@ from ocsquant.observers import InputStatistics, Statistics
 from ocsquant.planning import Target
 from ocsquant.suitability import fixed_inputs_problem
 
-KINDS = ("linear", "conv")  # whose inputs may have fixed scales
-
 
 def fix_input_scales(model: nn.Module, targets: list[Target], statistics: Statistics | None) -> None:
     """Give the targets whose recipe asks for calibrated inputs their transform, or a recipe with a step per token."""
-    asking = [t for t in targets if t.kind in KINDS and t.recipe.weights.bits is not None and _asks(t)]
+    asking = [t for t in targets if t.recipe.weights.bits is not None and _asks(t)]
     if asking and statistics is None:
         raise NotCalibratedError(
             f"calibration must be batches or statistics for this recipe: {len(asking)} layers need to know their "
@@ -50,7 +48,7 @@ def _asks(target: Target) -> bool:
     activations = target.recipe.activations
     if activations is None or not activations.needs_calibration:
         return False
-    return target.kind == "linear" or fixed_inputs_problem(target.source, activations) is None
+    return fixed_inputs_problem(target.source, activations) is None
 
 
 def _fix(target: Target, seen: InputStatistics) -> None:

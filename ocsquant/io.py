@@ -299,7 +299,7 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
     for path, place, kind, count, elsewhere in record["fused"]:
         holder = modules.get(path) or nn.Identity()
         children = {f"{path}.{name}".lstrip("."): name for name in holder._modules}
-        own = [p for p in children if record["layers"].get(p, {}).get("nonlinearity") == kind]
+        own = [p for p in children if _nonlinearity(record["layers"].get(p, {})) == kind]
         after = [follower(holder, children[p], p in record["folded"]) for p in own]
         computes = after.count((place, not elsewhere)) == count > 0
         if not computes or nonlinearity_of(placed(holder, place)) != kind:
@@ -310,9 +310,14 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
     return changes
 
 
+def _nonlinearity(settings: dict[str, Any]) -> str | None:
+    """That a layer computes; of a convolution its product does."""
+    return settings.get("parts", {}).get("product", settings).get("nonlinearity")
+
+
 def _computed(layers: dict[str, Any]) -> Counter[str]:
     """How many layers compute each nonlinearity."""
-    return Counter(kind for settings in layers.values() if (kind := settings.get("nonlinearity")))
+    return Counter(kind for settings in layers.values() if (kind := _nonlinearity(settings)))
 
 
 def _replaced(fused: list[list[Any]]) -> Counter[str]:

@@ -148,9 +148,7 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check(inverse is not None or shift is None, "it has an input_shift without input_inverse")
     check.floats("input_inverse", inverse, (wanted["in_channels"],), positive=True)
     check.floats("input_shift", shift, (wanted["in_channels"],))
-    part = settings["parts"]["product"]
-    check(settings["nonlinearity"] == part["nonlinearity"], "its product has another nonlinearity")
-    product = _linear(part, own, check, scaled=inverse is not None)
+    product = _linear(settings["parts"]["product"], own, check, scaled=inverse is not None)
     new = QuantizedConv(old, product, inverse, shift)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
     check(product.input_inverse is None and product.group_size == 0, "its product has input scales or groups")

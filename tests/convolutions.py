@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 import ocsquant
-from ocsquant import ops
+from ocsquant import OCS, Activations, ops
+
+# Input channels that calibration shows are split.
+SPLIT = Activations(max_outliers=0, scale="tensor", split=OCS(0.1, quantization_aware=False))
 
 
 def pack(codes):

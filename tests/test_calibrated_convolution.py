@@ -5,13 +5,13 @@ import copy
 import pytest
 import reference
 import torch
-from convolutions import MODULES, pack
+from convolutions import MODULES, SPLIT, pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import ocsquant
-from ocsquant import OCS, Activations, PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights, ops
+from ocsquant import PerChannelStatic, PerTensorStatic, PerToken, Recipe, Weights, ops
 
 sizes = st.integers(1, 3)
 
@@ -65,7 +65,6 @@ def test_fixed_steps_of_special_samples():
     assert y.amin() >= 0
 
 
-SPLIT = Activations(max_outliers=0, scale="tensor", split=OCS(0.1, quantization_aware=False))
 FIXED = {
     "tensor": PerTensorStatic(),
     "tensor, split at run time": PerTensorStatic(max_outliers=16),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import reference
 import torch
-from convolutions import MODULES, channels_last, pack, quantized
+from convolutions import MODULES, SPLIT, channels_last, pack, quantized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -282,7 +282,6 @@ def test_wrong_calls_name_the_argument():
 
 
 SMOOTHED = Activations(max_outliers=0, smooth_alpha=0.5)
-SPLIT = Activations(max_outliers=0, scale="tensor", split=OCS(0.1, quantization_aware=False))
 
 
 @pytest.mark.parametrize(

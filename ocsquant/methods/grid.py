@@ -188,8 +188,8 @@ def _quantize_rows(
         blocks = blocked(w, size)
         low, high = blocks.aminmax(dim=-1)
         scale = usable_scale(torch.maximum(high, -low) / limit)
-        codes = _uniform_codes(blocks, scale[:, :, None], None, limit)
-        return _made(codes, w, scale, None, torch.ones(k, dtype=torch.int32), bits, size)
+        codes = _flat(_uniform_codes(blocks, scale[:, :, None], None, limit), k)
+        return QuantizedWeight(codes, scale, None, torch.ones(k, dtype=torch.int32), bits, size)
     ranges = torch.ones(k, dtype=torch.int32) if ranges is None else ranges
     weighing = None if moments is None else blocked(moments.expand(n, k), size)
     if not symmetric:
@@ -198,16 +198,13 @@ def _quantize_rows(
     if threshold is None:
         threshold = clip_threshold(share, wide, bits, clip, whole, weighing)
     scale = usable_scale(threshold.float() / limit)
-    codes = _uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit)
-    return _made(codes, w, scale, None, ranges, bits, size)
+    codes = _flat(_uniform_codes(blocked(w, size), scale[:, :, None], None, wide * limit), k)
+    return QuantizedWeight(codes, scale, None, ranges, bits, size)
 
 
-def _made(
-    codes: Tensor, w: Tensor, scale: Tensor, zero: Tensor | None, ranges: Tensor, bits: int, size: int
-) -> QuantizedWeight:
-    """Of float codes in blocks."""
-    flat = codes.reshape(w.shape[0], -1)[:, : w.shape[1]].to(torch.int16)
-    return QuantizedWeight(flat, scale, zero, ranges, bits, size)
+def _flat(codes: Tensor, k: int) -> Tensor:
+    """int16 [n, k] of float codes in blocks."""
+    return codes.reshape(codes.shape[0], -1)[:, :k].to(torch.int16)
 
 
 def _uniform_codes(w: Tensor, scale: Tensor, zero: Tensor | None, limit: Any) -> Tensor:
@@ -230,7 +227,7 @@ def _quantize_asymmetric(
     scale = usable_scale((high - low) / (2**bits - 1))
     zero = (-low * (1.0 / scale)).round_()
     codes = _uniform_codes(blocks, scale[:, :, None], zero[:, :, None], 2**bits - 1)
-    return _made(codes, w, scale, zero, ranges, bits, size)
+    return QuantizedWeight(_flat(codes, w.shape[1]), scale, zero, ranges, bits, size)
 
 
 def quantize_levels(w: Tensor, levels: Tensor, scale: Tensor, bits: int, size: int) -> QuantizedWeight:

@@ -192,7 +192,6 @@ class QuantizedConv(Quantized):
 
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS}
-        own["nonlinearity"] = self.product.nonlinearity
         return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
 
     def extra_repr(self) -> str:
