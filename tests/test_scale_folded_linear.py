@@ -51,6 +51,19 @@ def test_values_beyond_the_range_are_split_while_they_are_few():
     assert ops.scale_folded_linear(x[:1], packed, torch.ones(1), one).item() == 127.0
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [32512.4, 32513.0, 32767.4, 32767.6, 32768.0, 40000.0, 2.0**31, 2.0**33, 3e38])
+def test_values_no_code_has_room_for_are_clamped(size, symmetric):
+    codes = torch.tensor([[1, 3]], dtype=torch.int8)
+    x = torch.tensor([[size, 1.0], [-size, 1.0]])
+    for max_outliers in (0, 1) if symmetric else (0,):
+        form = {"symmetric": symmetric, "max_outliers": max_outliers}
+        y = ops.scale_folded_linear(x, ops.pack_weight(codes), torch.ones(1), torch.ones(2), **form)
+        top = 32512.0 if max_outliers else 127.0
+        expected = [top + 3.0, -top + 3.0] if symmetric else [127.0 - 127.0 * 3, -128.0 - 127.0 * 3]
+        assert y.flatten().tolist() == expected
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_token_that_is_not_finite_gives_nan_and_spares_the_others(bad):
     codes, _, _, scale, bias = layer(70, 100)
@@ -90,11 +103,13 @@ def test_opcheck():
     codes, tail, index, scale, bias = layer(20, 30, 3)
     inverse, shift = fold(30)
     packed = ops.pack_weight(codes, tail)
-    folded = torch.ops.ocsquant.scale_folded_linear.default
+    operator = torch.ops.ocsquant
+    static, folded = operator.scale_folded_linear.default, operator.scale_folded_linear_nonlinear.default
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(2, 4, 30, dtype=dtype)
         args = (packed, scale, inverse, shift, bias, index, 8, False, 2, 4.0)
-        torch.library.opcheck(folded, (x, *args))
-        trained = torch.ops.ocsquant.scale_folded_linear_train.default
+        torch.library.opcheck(static, (x, *args[:-3], 2, True))
+        torch.library.opcheck(folded, (x, *args, True, 8, None, None, "relu"))
+        trained = operator.scale_folded_linear_train.default
         torch.library.opcheck(trained, (x.requires_grad_(), *args))
-    torch.library.opcheck(folded, (torch.randn(30), ops.pack_weight(codes), scale, inverse))
+    torch.library.opcheck(static, (torch.randn(30), ops.pack_weight(codes), scale, inverse))

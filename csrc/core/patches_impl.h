@@ -42,12 +42,12 @@ OCSQ_INLINE int64_t round_plane(const float* x, const PatchShape& s, bool channe
   return beyond;
 }
 
-// Codes of step 1 of a sample's scaled values up to +-most; how many lie beyond +-limit, or -1 where some are NaN or
-// Inf. how.inverse and how.shift hold a period of pixels.
-template <bool kOutliers, class Out>
+// Codes of step 1 of a sample's scaled values up to +-most; how many lie beyond +-limit, or -1 where they are not those
+// of the values. how.inverse and how.shift hold a period of pixels.
+template <bool kOutliers, bool kAnySize, class Out>
 OCSQ_INLINE int64_t round_plane_fixed(const float* x, const PatchShape& s, bool channels_first,
                                       const TokenQuantizer& how, int limit, int most, float* scratch, Out& out) {
-  RowFixedCodes<kOutliers, Out> codes(out, how, limit, most);
+  RowFixedCodes<kOutliers, kAnySize, Out> codes(out, how, limit, most);
   const int64_t period = pixel_period(s.channels);
   const int64_t piece = channels_first && period > kPlanePixels ? kPlanePixels : period;
   TokenQuantizer own = how;
@@ -67,30 +67,38 @@ OCSQ_INLINE int64_t round_plane_fixed(const float* x, const PatchShape& s, bool 
     codes.row(from, count * s.channels, own);
   }
   out = codes.out;
-  return codes.finite() ? codes.beyond : -1;
+  return codes.valid() ? codes.beyond : -1;
 }
 
-// One sample to codes of step 1; more than how.max_outliers for each pixel beyond the range: all are clamped.
-template <class Out>
-OCSQ_INLINE float quantize_plane_fixed(const float* x, const PatchShape& s, bool channels_first,
-                                       const TokenQuantizer& how, const PlaneBounds& bounds, float* scratch, Out& out) {
+// Whether the sample has codes of step 1; more than how.max_outliers for each pixel beyond the range: all are clamped.
+template <bool kAnySize, class Out>
+OCSQ_INLINE bool put_plane_fixed(const float* x, const PatchShape& s, bool channels_first, const TokenQuantizer& how,
+                                 const PlaneBounds& bounds, float* scratch, Out& out) {
   const int limit = (1 << (how.bits - 1)) - 1;
-  int64_t beyond = how.max_outliers > 0 ? 0 : 1;
   if (how.max_outliers > 0) {
     const int most = bounds.largest_code > limit ? bounds.largest_code : limit;
     Out split = out;
-    beyond = round_plane_fixed<true>(x, s, channels_first, how, limit, most, scratch, split);
-    if (beyond >= 0 && beyond <= how.max_outliers * s.pixels()) {
-      split.finish();
-      return 1.0f;
+    const int64_t beyond = round_plane_fixed<true, kAnySize>(x, s, channels_first, how, limit, most, scratch, split);
+    if (beyond < 0) return false;
+    if (beyond <= how.max_outliers * s.pixels()) {
+      out = split;
+      return true;
     }
   }
-  if (beyond >= 0) {
-    Out clamped = out;
-    if (round_plane_fixed<false>(x, s, channels_first, how, limit, limit, scratch, clamped) >= 0) {
-      clamped.finish();
-      return 1.0f;
-    }
+  return round_plane_fixed<false, kAnySize>(x, s, channels_first, how, limit, limit, scratch, out) >= 0;
+}
+
+template <class Out>
+OCSQ_INLINE float quantize_plane_fixed(const float* x, const PatchShape& s, bool channels_first,
+                                       const TokenQuantizer& how, const PlaneBounds& bounds, float* scratch, Out& out) {
+  Out small = out, any = out;
+  if (put_plane_fixed<false>(x, s, channels_first, how, bounds, scratch, small)) {
+    small.finish();
+    return 1.0f;
+  }
+  if (put_plane_fixed<true>(x, s, channels_first, how, bounds, scratch, any)) {
+    any.finish();
+    return 1.0f;
   }
   out.zeros(s.values());
   out.finish();

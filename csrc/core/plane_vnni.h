@@ -21,9 +21,10 @@ class BytesPlane {
           room_(static_cast<int32_t>(most_rests(s, max_outliers))),
           shape_(&s) {}
     OCSQ_INLINE void start(int64_t element) { first_ = element; }
+    template <bool kOutliers>
     OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t beyond) {
       Narrow::store(some, bytes_ + first_ + j);
-      if ((beyond &= kOnce) == 0) return;
+      if (!kOutliers || (beyond &= kOnce) == 0) return;
       int16_t codes[sizeof(some) / sizeof(int16_t)];
       Simd::store_codes(codes, some);
       for (; beyond != 0; beyond &= beyond - 1) {

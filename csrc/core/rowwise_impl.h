@@ -73,21 +73,26 @@ struct RowMaximum {
 // Where the codes of a row go, in order and up to a whole block of 64; `beyond` has bits of those that are outliers.
 struct CodesOut {
   int16_t* codes;
-  OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t) { Simd::store_codes(codes + j, some); }
+  template <bool kOutliers>
+  OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t) {
+    Simd::store_codes(codes + j, some);
+  }
   OCSQ_INLINE void zeros(int64_t k) { std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t)); }
 };
 
-// 64 codes from position j on, code(at) those of a vector; returns how many lie beyond +-limit, where some may.
-template <bool kOutliers, class Out, class Code>
-OCSQ_INLINE int64_t put_block(Out& out, int64_t j, int limit, const Code& code) {
+// 64 codes from position j on, code(at) those of a vector, of which bound() may change some; returns how many lie
+// beyond +-limit, where some may.
+template <bool kOutliers, class Out, class Code, class Bound>
+OCSQ_INLINE int64_t put_block(Out& out, int64_t j, int limit, const Code& code, const Bound& bound) {
   int64_t beyond = 0;
   for (int v = 0; v < kVectors; v += 2) {
     const Simd::I a = code(v * Simd::W);
-    const Simd::Codes both = Simd::pack_codes(a, code((v + 1) * Simd::W));
+    Simd::Codes both = Simd::pack_codes(a, code((v + 1) * Simd::W));
+    bound(both);
     uint32_t which = 0;
     if constexpr (kOutliers) which = Simd::beyond(both, limit);
     beyond += __builtin_popcount(which) / Simd::kCodeBits;
-    out.put(j + v * Simd::W, both, which);
+    out.template put<kOutliers>(j + v * Simd::W, both, which);
   }
   return beyond;
 }
@@ -102,9 +107,11 @@ struct RowCodes {
   OCSQ_INLINE RowCodes(const Out& to, float step, int bound)
       : out(to), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
-    beyond += put_block<kOutliers>(out, j, limit, [&](int64_t at) __attribute__((always_inline)) {
-      return Simd::round_to_int(Simd::mul(Simd::load(p + at), inverse));
-    });
+    beyond += put_block<kOutliers>(
+        out, j, limit,
+        [&](int64_t at)
+            __attribute__((always_inline)) { return Simd::round_to_int(Simd::mul(Simd::load(p + at), inverse)); },
+        [](Simd::Codes&) {});
   }
 };
 
@@ -245,13 +252,15 @@ inline void scale_row(const float* x, const TokenQuantizer& how, int64_t first, 
   }
 }
 
-// Codes of step 1 of the scaled values; kOutliers: some may be beyond +-limit, and are counted.
-template <bool kOutliers, class Out>
+// Codes of step 1 of the scaled values; kOutliers: some may be beyond +-limit, and are counted. What is beyond 16 bits
+// and what is no number at all get the smallest code there is, so that one comparison of 16-bit codes finds both:
+// then only kAnySize, which looks at every float, can tell what they are.
+template <bool kOutliers, bool kAnySize, class Out>
 struct RowFixedCodes {
   Out out;
   const float *inverse, *shift;
-  Simd::I largest, offset;
-  Simd::F bottom, top;
+  Simd::I largest;
+  Simd::Codes least, offset, bottom, top;
   int limit;
   int64_t beyond = 0;
   // `most`: what a code of a symmetric range may be.
@@ -260,22 +269,33 @@ struct RowFixedCodes {
         inverse(how.inverse),
         shift(how.shift),
         largest(Simd::zero_i()),
-        offset(Simd::set1_i(how.symmetric ? 0 : bound + 1)),
-        bottom(Simd::set1(static_cast<float>(how.symmetric ? -most : 0))),
-        top(Simd::set1(static_cast<float>(how.symmetric ? most : 2 * bound + 1))),
+        least(Simd::set1_codes(0)),
+        offset(Simd::set1_codes(how.symmetric ? 0 : bound + 1)),
+        bottom(Simd::set1_codes(how.symmetric ? -most : -bound - 1)),
+        top(Simd::set1_codes(how.symmetric ? most : bound)),
         limit(how.symmetric ? bound : bound + 1) {}
 
-  OCSQ_INLINE bool finite() const {
-    return bits_to_float(Simd::reduce_max(largest)) <= std::numeric_limits<float>::max();
-  }
-  OCSQ_INLINE Simd::I code(Simd::F x) {
-    largest = Simd::max_i(largest, Simd::abs_bits(x));
-    return Simd::sub_i(Simd::round_to_int(Simd::max(bottom, Simd::min(top, x))), offset);
+  // Whether all codes are those of their values.
+  OCSQ_INLINE bool valid() const {
+    if constexpr (kAnySize) return bits_to_float(Simd::reduce_max(largest)) <= std::numeric_limits<float>::max();
+    return Simd::all_greater(least, Simd::set1_codes(kNoCode));
   }
   template <class Load>
   OCSQ_INLINE void block(int64_t j, const Load& load) {
-    beyond +=
-        put_block<kOutliers>(out, j, limit, [&](int64_t at) __attribute__((always_inline)) { return code(load(at)); });
+    beyond += put_block<kOutliers>(
+        out, j, limit,
+        [&](int64_t at) __attribute__((always_inline)) {
+          Simd::F x = load(at);
+          if constexpr (kAnySize) {
+            largest = Simd::max_i(largest, Simd::abs_bits(x));
+            x = Simd::max(Simd::set1(kNoCode + 1), Simd::min(Simd::set1(-kNoCode - 1), x));
+          }
+          return Simd::round_to_int(x);
+        },
+        [&](Simd::Codes& codes) __attribute__((always_inline)) {
+          least = Simd::min_codes(least, codes);
+          codes = Simd::max_codes(bottom, Simd::min_codes(top, Simd::sub_codes(codes, offset)));
+        });
   }
   OCSQ_INLINE void row(const float* x, int64_t k, const TokenQuantizer& how) {
     const int64_t whole = k / kLanes * kLanes;
@@ -298,30 +318,43 @@ struct RowFixedCodes {
     scale_row(x, how, whole, k, last);
     block(whole, [&](int64_t at) __attribute__((always_inline)) { return Simd::load(last + at); });
   }
+
+ private:
+  static constexpr int kNoCode = std::numeric_limits<int16_t>::min();
 };
+
+// Whether the row has codes of step 1.
+template <bool kAnySize, class Out>
+OCSQ_INLINE bool round_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, Out& out) {
+  const int limit = (1 << (how.bits - 1)) - 1;
+  if (how.max_outliers > 0) {
+    RowFixedCodes<true, kAnySize, Out> codes(out, how, limit, kMaxFixedCode);
+    codes.row(x, k, how);
+    if (!codes.valid()) return false;
+    if (codes.beyond <= how.max_outliers) {
+      out = codes.out;
+      return true;
+    }
+  }
+  RowFixedCodes<false, kAnySize, Out> codes(out, how, limit, limit);
+  codes.row(x, k, how);
+  if (codes.valid()) out = codes.out;
+  return codes.valid();
+}
+
+template <class Out>
+__attribute__((noinline)) bool round_row_of_any_size(const float* x, int64_t k, const TokenQuantizer& how, Out& out) {
+  return round_row_fixed<true>(x, k, how, out);
+}
 
 // One token to codes of step 1; returns that step, NaN for a row with NaN or Inf (codes 0).
 template <class Out>
 OCSQ_INLINE float quantize_row_fixed(const float* x, int64_t k, const TokenQuantizer& how, Out& out) {
-  const int limit = (1 << (how.bits - 1)) - 1;
-  bool finite = true;
-  if (how.max_outliers > 0) {
-    RowFixedCodes<true, Out> codes(out, how, limit, kMaxFixedCode);
-    codes.row(x, k, how);
-    finite = codes.finite();
-    if (finite && codes.beyond <= how.max_outliers) {
-      out = codes.out;
-      return 1.0f;
-    }
-  }
-  if (finite) {
-    RowFixedCodes<false, Out> codes(out, how, limit, limit);
-    codes.row(x, k, how);
-    if (codes.finite()) {
-      out = codes.out;
-      return 1.0f;
-    }
-  }
+  if (round_row_fixed<false>(x, k, how, out)) return 1.0f;
+  Out any = out;  // the one whose address is taken: the other's members stay in registers
+  const bool finite = round_row_of_any_size(x, k, how, any);
+  out = any;
+  if (finite) return 1.0f;
   out.zeros(k);
   return std::numeric_limits<float>::quiet_NaN();
 }

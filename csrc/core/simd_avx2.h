@@ -91,6 +91,13 @@ struct Simd {
   static OCSQ_INLINE Codes pack_codes(I a, I b) {
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);  // packs works per 128-bit half
   }
+  static OCSQ_INLINE Codes set1_codes(int v) { return _mm256_set1_epi16(static_cast<int16_t>(v)); }
+  static OCSQ_INLINE Codes sub_codes(Codes a, Codes b) { return _mm256_subs_epi16(a, b); }
+  static OCSQ_INLINE Codes min_codes(Codes a, Codes b) { return _mm256_min_epi16(a, b); }
+  static OCSQ_INLINE Codes max_codes(Codes a, Codes b) { return _mm256_max_epi16(a, b); }
+  static OCSQ_INLINE bool all_greater(Codes a, Codes b) {
+    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(a, b))) == ~0u;
+  }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 2;
   static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {

@@ -94,6 +94,11 @@ struct Simd {
     const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);  // packs works per 128-bit quarter
     return _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b));
   }
+  static OCSQ_INLINE Codes set1_codes(int v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
+  static OCSQ_INLINE Codes sub_codes(Codes a, Codes b) { return _mm512_subs_epi16(a, b); }
+  static OCSQ_INLINE Codes min_codes(Codes a, Codes b) { return _mm512_min_epi16(a, b); }
+  static OCSQ_INLINE Codes max_codes(Codes a, Codes b) { return _mm512_max_epi16(a, b); }
+  static OCSQ_INLINE bool all_greater(Codes a, Codes b) { return _mm512_cmpgt_epi16_mask(a, b) == ~0u; }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 1;
   static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 namespace ocsquant {
 namespace {
@@ -54,12 +55,20 @@ struct Simd {
   }
   // 2^n of a whole n within -126..127; of NaN anything.
   static F power_of_two(F n) { return n == n ? std::ldexp(1.0f, static_cast<int>(n)) : 1.0f; }
-  static I round_to_int(F v) { return static_cast<int32_t>(std::nearbyint(v)); }
-  // Two codes that fit 16 bits.
+  // The least integer where the value has none, as the x86 instructions do.
+  static I round_to_int(F v) {
+    return v >= -0x1p31f && v < 0x1p31f ? static_cast<int32_t>(std::nearbyint(v)) : std::numeric_limits<I>::min();
+  }
+  // Two codes, saturated to 16 bits.
   struct Codes {
     int16_t a, b;
   };
-  static Codes pack_codes(I a, I b) { return {static_cast<int16_t>(a), static_cast<int16_t>(b)}; }
+  static Codes pack_codes(I a, I b) { return {saturated(a), saturated(b)}; }
+  static Codes set1_codes(int v) { return pack_codes(v, v); }
+  static Codes sub_codes(Codes x, Codes y) { return pack_codes(x.a - y.a, x.b - y.b); }
+  static Codes min_codes(Codes x, Codes y) { return {x.a < y.a ? x.a : y.a, x.b < y.b ? x.b : y.b}; }
+  static Codes max_codes(Codes x, Codes y) { return {x.a > y.a ? x.a : y.a, x.b > y.b ? x.b : y.b}; }
+  static bool all_greater(Codes x, Codes y) { return x.a > y.a && x.b > y.b; }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 1;
   static uint32_t beyond(Codes codes, int limit) {
@@ -80,6 +89,9 @@ struct Simd {
     std::memcpy(&bits, &v, 4);
     *p = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
   }
+
+ private:
+  static int16_t saturated(I v) { return static_cast<int16_t>(v < -0x8000 ? -0x8000 : v > 0x7fff ? 0x7fff : v); }
 };
 
 }  // namespace

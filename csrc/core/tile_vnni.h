@@ -44,9 +44,11 @@ class BytesOut {
         row_(row) {}
   // k codes will be put; those that fill no vector, and whatever is behind them, are taken from memory at the end.
   OCSQ_INLINE void expect(int64_t k) { put_ = k / kCodes * kCodes; }
+  template <bool kOutliers>
   OCSQ_INLINE void put(int64_t j, Simd::Codes some, uint32_t beyond) {
     Simd::store_codes(codes + j, some);
-    if (j < put_) add(j, some, beyond);
+    if (j < put_) add<kOutliers>(j, some, beyond);
+    noted_ = kOutliers;
   }
   OCSQ_INLINE void zeros(int64_t k) {
     CodesOut{codes}.zeros(k);
@@ -55,8 +57,16 @@ class BytesOut {
   OCSQ_INLINE void finish(int64_t depth) {
     for (int64_t j = put_; j < depth; j += kCodes) {
       const Simd::Codes some = Narrow::first(codes + j, depth - j);
-      add(j, some, Simd::beyond(some, 127));
+      add<true>(j, some, Simd::beyond(some, 127));
     }
+    tile_->rest_count[row_] = noted_ ? find_rests(depth) : 0;
+    tile_->offset_codes[row_] = narrow_.sum();
+  }
+
+ private:
+  static constexpr int64_t kCodes = sizeof(Simd::Codes) / sizeof(int16_t);
+
+  OCSQ_INLINE int32_t find_rests(int64_t depth) {
     const int64_t vectors = (depth + kCodes - 1) / kCodes;
     if (vectors % 64 != 0) outliers_[vectors / 64] = some_ >> (64 - vectors % 64);
     Rest* rests = tile_->rests + row_ * tile_->rest_capacity;
@@ -71,16 +81,14 @@ class BytesOut {
         }
       }
     }
-    tile_->rest_count[row_] = count;
-    tile_->offset_codes[row_] = narrow_.sum();
+    return count;
   }
 
- private:
-  static constexpr int64_t kCodes = sizeof(Simd::Codes) / sizeof(int16_t);
-
   // Branches on no outlier: nobody could predict where they are.
+  template <bool kOutliers>
   OCSQ_INLINE void add(int64_t j, Simd::Codes some, uint32_t beyond) {
     narrow_(some, bytes_ + j);
+    if constexpr (!kOutliers) return;
     const int64_t vector = j / kCodes;
     beyond_[vector] = beyond;
     some_ = some_ >> 1 | static_cast<uint64_t>(beyond != 0) << 63;
@@ -93,6 +101,7 @@ class BytesOut {
   uint64_t* outliers_;  // for every 64 of those, which have any
   uint64_t some_ = 0;
   int64_t put_ = 0;
+  bool noted_ = true;  // where no code that was put could be an outlier, none of its copies is one
   const TileRows* tile_;
   int row_;
 };

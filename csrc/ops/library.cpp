@@ -11,7 +11,8 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
   m.def(
       "quantized_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0) -> Tensor");
-  // For weights below 8 bits: three arguments more cost every call a tenth of nn.Linear's, even as defaults.
+  // For weights below 8 bits: three arguments more cost every call a tenth of nn.Linear's, even as defaults. With
+  // a nonlinearity: every argument there is.
   m.def(
       "quantized_linear_narrow(Tensor x, Tensor packed, Tensor scale, Tensor? bias=None, Tensor? tail_index=None, "
       "int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, int group_size=0, "
@@ -32,9 +33,13 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "int weight_bits=8, Tensor? zero=None, Tensor? levels=None) -> Tensor");
   m.def(
       "scale_folded_linear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? input_shift=None, "
-      "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, bool dynamic=False, int max_outliers=0, "
-      "float outlier_threshold=4.0, bool symmetric=True, int weight_bits=8, Tensor? zero=None, "
-      "Tensor? levels=None, str nonlinearity='none') -> Tensor");
+      "Tensor? bias=None, Tensor? tail_index=None, int activation_bits=8, int max_outliers=0, bool symmetric=True) "
+      "-> Tensor");
+  m.def(
+      "scale_folded_linear_nonlinear(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, "
+      "Tensor? input_shift, Tensor? bias, Tensor? tail_index, int activation_bits, bool dynamic, int max_outliers, "
+      "float outlier_threshold, bool symmetric, int weight_bits, Tensor? zero, Tensor? levels, str nonlinearity) "
+      "-> Tensor");
   m.def(
       "scale_folded_linear_train(Tensor x, Tensor packed, Tensor scale, Tensor input_inverse, Tensor? "
       "input_shift=None, "

@@ -11,11 +11,12 @@ Tensor channels(const char* op, const char* name, const Tensor& t, const Tensor&
   return dense(t);
 }
 
-Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& input_inverse,
-                           const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
-                           const std::optional<Tensor>& tail_index, int64_t bits, bool dynamic, int64_t max_outliers,
-                           double threshold, bool symmetric, int64_t weight_bits, const std::optional<Tensor>& zero,
-                           const std::optional<Tensor>& levels, const std::string& nonlinearity) {
+Tensor scale_folded_linear_nonlinear(const Tensor& x, const Tensor& packed, const Tensor& scale,
+                                     const Tensor& input_inverse, const std::optional<Tensor>& input_shift,
+                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& tail_index,
+                                     int64_t bits, bool dynamic, int64_t max_outliers, double threshold, bool symmetric,
+                                     int64_t weight_bits, const std::optional<Tensor>& zero,
+                                     const std::optional<Tensor>& levels, const std::string& nonlinearity) {
   constexpr const char* kOp = "scale_folded_linear";
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
   how.fixed = !dynamic;
@@ -41,12 +42,22 @@ Tensor scale_folded_linear_train(const Tensor& x, const Tensor& packed, const Te
                                  int64_t bits, bool dynamic, int64_t max_outliers, double threshold, bool symmetric,
                                  int64_t weight_bits, const std::optional<Tensor>& zero,
                                  const std::optional<Tensor>& levels) {
-  return scale_folded_linear(x, packed, scale, input_inverse, input_shift, bias, tail_index, bits, dynamic,
-                             max_outliers, threshold, symmetric, weight_bits, zero, levels, "none");
+  return scale_folded_linear_nonlinear(x, packed, scale, input_inverse, input_shift, bias, tail_index, bits, dynamic,
+                                       max_outliers, threshold, symmetric, weight_bits, zero, levels, "none");
+}
+
+Tensor scale_folded_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& input_inverse,
+                           const std::optional<Tensor>& input_shift, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& tail_index, int64_t bits, int64_t max_outliers,
+                           bool symmetric) {
+  const std::optional<Tensor> none;
+  return scale_folded_linear_train(x, packed, scale, input_inverse, input_shift, bias, tail_index, bits, false,
+                                   max_outliers, kMinOutlierThreshold, symmetric, 8, none, none);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ocsquant, CPU, m) {
   m.impl("scale_folded_linear", TORCH_BOX(&scale_folded_linear));
+  m.impl("scale_folded_linear_nonlinear", TORCH_BOX(&scale_folded_linear_nonlinear));
   m.impl("scale_folded_linear_train", TORCH_BOX(&scale_folded_linear_train));
 }
 

@@ -23,8 +23,8 @@ from ocsquant.ops.linear import (
     QUANTIZED_LINEAR_BARE,
     QUANTIZED_LINEAR_NARROW,
     QUANTIZED_LINEAR_NONLINEAR,
-    SCALE_FOLDED_LINEAR,
     SCALE_FOLDED_LINEAR_BARE,
+    SCALE_FOLDED_LINEAR_NONLINEAR,
 )
 
 FLOAT32, is_compiling = torch.float32, torch.compiler.is_compiling
@@ -61,7 +61,7 @@ class QuantizedLinear(Quantized):
     shared: SharedInput | None
     # The operator's last arguments, where those are all that it needs.
     plain: tuple[int, int, float, int] | None
-    folded: tuple[int, bool, int, float, bool] | None
+    folded: tuple[int, int, bool] | None
 
     def __init__(
         self,
@@ -90,8 +90,8 @@ class QuantizedLinear(Quantized):
         if weight_bits == BYTE and nonlinearity is None:
             if input_inverse is None:
                 self.plain = (a.bits, a.max_outliers, a.outlier_threshold, group_size)
-            else:
-                self.folded = (a.bits, a.scale == "token", a.max_outliers, a.outlier_threshold, a.symmetric)
+            elif a.scale != "token":
+                self.folded = (a.bits, a.max_outliers, a.symmetric)
         buffers = (packed, scale, bias, tail_index, input_inverse, input_shift, zero, levels)
         # torch.export counts past the buffers that are None: those come last.
         for name, buffer in sorted(zip(self.tensors, buffers, strict=True), key=lambda pair: pair[1] is None):
@@ -210,7 +210,7 @@ class QuantizedLinear(Quantized):
         )
         if input.requires_grad and torch.is_grad_enabled():
             return ops.scale_folded_linear(*folded)
-        y = SCALE_FOLDED_LINEAR(*folded, nonlinearity or "none")
+        y = SCALE_FOLDED_LINEAR_NONLINEAR(*folded, nonlinearity or "none")
         return y if nonlinearity is None else applied(y, nonlinearity)
 
     @property

@@ -17,12 +17,14 @@ QUANTIZED_LINEAR = compiled.quantized_linear.default
 QUANTIZED_LINEAR_BARE = QUANTIZED_LINEAR._op
 SCALE_FOLDED_LINEAR = compiled.scale_folded_linear.default
 SCALE_FOLDED_LINEAR_BARE = SCALE_FOLDED_LINEAR._op
+SCALE_FOLDED_LINEAR_NONLINEAR = compiled.scale_folded_linear_nonlinear.default
 QUANTIZED_LINEAR_NARROW = compiled.quantized_linear_narrow.default
 QUANTIZED_LINEAR_NONLINEAR = compiled.quantized_linear_nonlinear.default
 QUANTIZED_LINEARS = compiled.quantized_linears.default
 _quantized_linear_train = compiled.quantized_linear_train.default
 _scale_folded_linear_train = compiled.scale_folded_linear_train.default
 BYTE = 8  # bits
+DEFAULT_THRESHOLD = 4.0
 
 
 def quantized_linear(
@@ -33,7 +35,7 @@ def quantized_linear(
     tail_index: Tensor | None = None,
     activation_bits: int = 8,
     max_outliers: int = 16,
-    outlier_threshold: float = 4.0,
+    outlier_threshold: float = DEFAULT_THRESHOLD,
     group_size: int = 0,
     weight_bits: int = 8,
     zero: Tensor | None = None,
@@ -86,7 +88,7 @@ def scale_folded_linear(
     activation_bits: int = 8,
     dynamic: bool = False,
     max_outliers: int = 0,
-    outlier_threshold: float = 4.0,
+    outlier_threshold: float = DEFAULT_THRESHOLD,
     symmetric: bool = True,
     weight_bits: int = 8,
     zero: Tensor | None = None,
@@ -120,26 +122,15 @@ def scale_folded_linear(
     """
     check_flag("scale_folded_linear", "dynamic", dynamic)
     check_flag("scale_folded_linear", "symmetric", symmetric)
-    operands = (
-        x,
-        packed,
-        scale,
-        input_inverse,
-        input_shift,
-        bias,
-        tail_index,
-        activation_bits,
-        dynamic,
-        max_outliers,
-        outlier_threshold,
-        symmetric,
-        weight_bits,
-        zero,
-        levels,
-    )
+    operands = (x, packed, scale, input_inverse, input_shift, bias, tail_index, activation_bits)
+    form = (dynamic, max_outliers, outlier_threshold, symmetric, weight_bits, zero, levels)
     if wants_gradient(x):
-        return followed("scale_folded_linear", _scale_folded_linear_train(*operands), nonlinearity)
-    return SCALE_FOLDED_LINEAR(*operands, nonlinearity)
+        return followed("scale_folded_linear", _scale_folded_linear_train(*operands, *form), nonlinearity)
+    bytes_alone = weight_bits is BYTE and zero is None and levels is None
+    # A threshold that counts for nothing must be one all the same: the operator checks it.
+    if dynamic or not bytes_alone or nonlinearity != "none" or outlier_threshold is not DEFAULT_THRESHOLD:
+        return SCALE_FOLDED_LINEAR_NONLINEAR(*operands, *form, nonlinearity)
+    return SCALE_FOLDED_LINEAR(*operands, max_outliers, symmetric)
 
 
 def _register_fake(name: str, op: str) -> None:
@@ -153,7 +144,7 @@ def _register_fake(name: str, op: str) -> None:
 
 for _op, _names in {
     "quantized_linear": ("", "_narrow", "_nonlinear", "_train"),
-    "scale_folded_linear": ("", "_train"),
+    "scale_folded_linear": ("", "_nonlinear", "_train"),
 }.items():
     for _name in _names:
         _register_fake(_op + _name, _op)

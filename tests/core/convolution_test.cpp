@@ -47,9 +47,11 @@ struct Picture {
   void fix_step(Random& r) {
     how.fixed = true;
     const int64_t period = ocsquant::pixel_period(s.channels);
+    const float beyond = r.below(4) == 0 ? r.below(2) == 0 ? 500.0f : 5e7f : 1.0f;  // 16 or 32 bits
     for (std::vector<float>* v : {&inverse, &shift}) {
       v->resize(period * s.channels);
       for (int64_t c = 0; c < s.channels; ++c) (*v)[c] = v == &shift ? r.gauss() : 20.0f + 40.0f * r.uniform();
+      if (v == &inverse) (*v)[r.below(s.channels)] *= beyond;
       for (size_t i = s.channels; i < v->size(); ++i) (*v)[i] = (*v)[i - s.channels];
     }
     how.inverse = inverse.data();

@@ -177,7 +177,9 @@ inline void fold_inputs(Random& r, Tokens& t) {
   const float limit = static_cast<float>((1 << (t.how.bits - 1)) - 1);
   t.inverse.resize(t.k);
   for (auto& v : t.inverse) v = (0.5f + r.uniform()) * (t.how.fixed ? limit / largest : 1.0f);
-  if (r.next() % 4 == 0) t.inverse[r.below(t.k)] *= 50.0f;  // a channel that leaves the range
+  // A channel that leaves the range, 16 bits, 32 bits.
+  static constexpr float kBeyond[] = {50.0f, 50.0f, 258.0f, 500.0f, 1.6e7f, 5e7f, 1e30f};
+  if (r.next() % 4 == 0) t.inverse[r.below(t.k)] *= kBeyond[r.below(7)];
   if (r.next() % 2 == 0) {
     t.shift.resize(t.k);
     for (auto& v : t.shift) v = largest * 0.1f * r.gauss();
