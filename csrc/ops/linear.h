@@ -42,6 +42,8 @@ inline void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantiz
   const Product product = {w, y};
   run_linears(x, dtype, m, how, &product, 1);
 }
+// Rows to multiply at a time, at most `limit`, in whole tiles: about as many each time and for each thread.
+int64_t even_rows(int64_t rows, int64_t limit, int64_t tile, int64_t threads);
 int64_t tokens_of(const Tensor& x);               // rows of its last dimension
 Tensor empty_output(const Tensor& x, int64_t n);  // of x with n columns, in its dtype
 Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how);

@@ -132,9 +132,11 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
   const int64_t tile = kernels.row_tile, capacity = kernels.rest_capacity(w.depth(), static_cast<int>(max_rests));
   const int64_t row_bytes = kernels.row_bytes(w.depth());
   const int64_t fitting = std::max<int64_t>(tile, kBlockBytes / std::max<int64_t>(row_bytes, 1) / tile * tile);
-  const int64_t block = std::min({kernels.row_block, fitting, (c.rows() + tile - 1) / tile * tile});
-  const int64_t blocks = (c.rows() + block - 1) / block, threads = torch::stable::get_num_threads();
-  const int64_t chunks = c.rows() * w.n * w.k > kSerialProducts ? std::min(threads, blocks) : 1;
+  const bool serial = c.rows() * w.n * w.k <= kSerialProducts;
+  const int64_t threads = serial ? 1 : torch::stable::get_num_threads();
+  const int64_t even = even_rows(c.rows(), std::min(kernels.row_block, fitting), tile, threads);
+  const int64_t block = std::min(even, (c.rows() + tile - 1) / tile * tile);
+  const int64_t blocks = (c.rows() + block - 1) / block, chunks = std::min(threads, blocks);
   const int64_t sizes[] = {align64(block * row_bytes),
                            align64(block * sizeof(float)),
                            align64(block * capacity * sizeof(Rest)),

@@ -28,6 +28,13 @@ void check_tail_index(const char* op, const int32_t* index, int64_t e, int64_t k
 
 }  // namespace
 
+int64_t even_rows(int64_t rows, int64_t limit, int64_t tile, int64_t threads) {
+  const int64_t blocks = (rows + limit - 1) / limit;
+  if (blocks <= 1) return limit;
+  const int64_t even = (blocks + threads - 1) / threads * threads;
+  return std::min(limit, ((rows + even - 1) / even + tile - 1) / tile * tile);
+}
+
 // Block by block of rows, as many for each thread as multiply() takes at a time: what was quantized is still in the
 // cache when it is multiplied.
 void run_linears(const void* x, Float dtype, int64_t m, const TokenQuantizer& how, const Product* products,
@@ -40,7 +47,9 @@ void run_linears(const void* x, Float dtype, int64_t m, const TokenQuantizer& ho
   }
   const LinearKernels& kernels = cpu_kernels().linear;
   const int64_t capacity = kernels.rest_capacity(w.depth(), how.max_outliers), row_bytes = kernels.row_bytes(w.depth());
-  const int64_t threads = torch::stable::get_num_threads(), rows = std::min(m, kernels.row_block * threads);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t row_block = even_rows(m, kernels.row_block, kernels.row_tile, threads);
+  const int64_t rows = std::min(m, row_block * threads);
   const int64_t tiles = (rows + kernels.row_tile - 1) / kernels.row_tile;
   const int64_t chunks = rows * w.k > kSerialValues ? std::min(tiles, threads) : 1;
   const int64_t codes = align64(rows * row_bytes), steps = align64(rows * sizeof(float));
@@ -66,17 +75,17 @@ void run_linears(const void* x, Float dtype, int64_t m, const TokenQuantizer& ho
       kernels.quantize(from, dtype, how, w, a, first * kernels.row_tile, std::min(left, last * kernels.row_tile),
                        buffer.at<void>(fixed + groups + i * scratch));
     });
-    const int64_t blocks = (left + kernels.row_block - 1) / kernels.row_block;
+    const int64_t blocks = (left + row_block - 1) / row_block;
     const auto multiply = [&](int64_t b, int64_t e) {
       alignas(64) uint8_t part[kUnpackedGroups * kGroupBytes + 2 * kMaxRowBlock * kPanel * sizeof(int32_t)];
       for (int64_t u = b; u < e; ++u) {
-        const int64_t first = u / panels * kernels.row_block;
+        const int64_t first = u / panels * row_block;
         int64_t panel = u % panels;
         const Product* product = products;
         for (; panel >= product->w.panels(); ++product) panel -= product->w.panels();
         void* to = static_cast<uint8_t*>(product->y) + begin * product->w.n * value_bytes;
-        (groups > 0 ? kernels.multiply_groups : kernels.multiply)(
-            a, product->w, to, dtype, first, std::min(left, first + kernels.row_block), panel, part);
+        (groups > 0 ? kernels.multiply_groups : kernels.multiply)(a, product->w, to, dtype, first,
+                                                                  std::min(left, first + row_block), panel, part);
       }
     };
     if (left * outputs * w.k > kSerialProducts) {

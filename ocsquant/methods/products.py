@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EXACT = 2.0**24  # up to here float32 holds every whole number
+EXACT_OPERAND = 2.0**11  # and up to here what a GPU may make of it in a product (TensorFloat-32)
 VALUES = 2**22  # of the weight that are widened at a time
 
 
@@ -33,8 +34,9 @@ def _exact_sums(codes: Tensor, integers: Tensor) -> Tensor:
     """float32 [m, n], each sum rounded once."""
     if codes.numel() == 0 or integers.numel() == 0:
         return codes.new_zeros(codes.shape[0], integers.shape[0])
-    bound = float(codes.abs().sum(1).max()) * float(integers.abs().max())
-    dtype = torch.float32 if bound <= EXACT else torch.float64
+    sizes, largest = codes.abs(), float(integers.abs().max())
+    exact = float(sizes.sum(1).max()) * largest <= EXACT and max(float(sizes.max()), largest) <= EXACT_OPERAND
+    dtype = torch.float32 if exact else torch.float64
     left, rows = codes.to(dtype), max(1, VALUES // integers.shape[1])
     parts = [F.linear(left, part.to(dtype)).float() for part in integers.split(rows)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

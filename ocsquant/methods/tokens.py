@@ -22,15 +22,16 @@ def sum_of_squares(x: Tensor) -> Tensor:
 
 def quantize_tokens(x: Tensor, bits: int, max_outliers: int, outlier_threshold: float) -> tuple[Tensor, Tensor]:
     """Codes (whole float32) [m, k] and steps [m] of float32 tokens [m, k]; a non-finite token has a NaN step."""
-    limit = torch.tensor(float(2 ** (bits - 1) - 1))
+    # Not numbers of the CPU: what lies on a GPU would be multiplied by their inverse, which rounds otherwise.
+    limit, width, threshold = x.new_tensor([float(2 ** (bits - 1) - 1), float(x.shape[1]), outlier_threshold])
     absmax = x.abs().amax(1) if x.shape[1] else x.new_zeros(x.shape[0])
     step = absmax / limit
     if max_outliers > 0 and x.shape[1]:
         squares = sum_of_squares(x)
         # float32 square roots of torch are not correctly rounded on every CPU; through float64 they are.
-        rms = (squares / torch.tensor(float(x.shape[1]))).double().sqrt().float()
+        rms = (squares / width).double().sqrt().float()
         usable = (squares >= 2.0**-100) & squares.isfinite()
-        step = torch.where(usable, torch.minimum(absmax, torch.tensor(outlier_threshold) * rms) / limit, step)
+        step = torch.where(usable, torch.minimum(absmax, threshold * rms) / limit, step)
     step = torch.where(step < 2.0**-120, torch.zeros_like(step), step)
     codes = _codes(x, step)
     crowded = (
