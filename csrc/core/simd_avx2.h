@@ -67,6 +67,7 @@ struct Simd {
   static OCSQ_INLINE F to_float(I v) { return _mm256_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm256_max_epi32(a, b); }
+  static OCSQ_INLINE uint32_t nonzero(I v) { return greater(v, zero_i()) | greater(zero_i(), v); }
   static OCSQ_INLINE uint32_t greater(I a, I b) {
     return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(a, b))));
   }
@@ -100,9 +101,13 @@ struct Simd {
   }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 2;
-  static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {
-    const __m256i top = _mm256_set1_epi16(static_cast<int16_t>(limit));
-    return static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpgt_epi16(_mm256_abs_epi16(codes), top)));
+  static OCSQ_INLINE Codes beyond(Codes codes, int limit) {
+    return _mm256_cmpgt_epi16(_mm256_abs_epi16(codes), _mm256_set1_epi16(static_cast<int16_t>(limit)));
+  }
+  static OCSQ_INLINE uint32_t bits(Codes beyond) { return static_cast<uint32_t>(_mm256_movemask_epi8(beyond)); }
+  static OCSQ_INLINE Codes count(Codes counts, Codes beyond) { return _mm256_sub_epi16(counts, beyond); }
+  static OCSQ_INLINE int32_t reduce_codes(Codes codes) {
+    return reduce_add(_mm256_madd_epi16(codes, _mm256_set1_epi16(1)));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) {
     __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));

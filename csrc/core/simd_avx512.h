@@ -77,6 +77,7 @@ struct Simd {
   static OCSQ_INLINE F to_float(I v) { return _mm512_cvtepi32_ps(v); }
   static OCSQ_INLINE I abs_bits(F v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
   static OCSQ_INLINE I max_i(I a, I b) { return _mm512_max_epi32(a, b); }
+  static OCSQ_INLINE uint32_t nonzero(I v) { return _mm512_test_epi32_mask(v, v); }
   static OCSQ_INLINE uint32_t greater(I a, I b) { return _mm512_cmpgt_epi32_mask(a, b); }
   // The lanes that have a bit, first, then anything to a whole vector; returns their number.
   static OCSQ_INLINE int keep(I v, uint32_t which, int32_t* to) {
@@ -101,8 +102,15 @@ struct Simd {
   static OCSQ_INLINE bool all_greater(Codes a, Codes b) { return _mm512_cmpgt_epi16_mask(a, b) == ~0u; }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 1;
-  static OCSQ_INLINE uint32_t beyond(Codes codes, int limit) {
+  static OCSQ_INLINE __mmask32 beyond(Codes codes, int limit) {
     return _mm512_cmpgt_epi16_mask(_mm512_abs_epi16(codes), _mm512_set1_epi16(static_cast<int16_t>(limit)));
+  }
+  static OCSQ_INLINE uint32_t bits(__mmask32 beyond) { return beyond; }
+  static OCSQ_INLINE Codes count(Codes counts, __mmask32 beyond) {
+    return _mm512_mask_sub_epi16(counts, beyond, counts, _mm512_set1_epi16(-1));
+  }
+  static OCSQ_INLINE int32_t reduce_codes(Codes codes) {
+    return reduce_add(_mm512_madd_epi16(codes, _mm512_set1_epi16(1)));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static OCSQ_INLINE void store_codes(int16_t* p, Codes codes) { _mm512_storeu_si512(p, codes); }

@@ -71,9 +71,12 @@ struct Simd {
   static bool all_greater(Codes x, Codes y) { return x.a > y.a && x.b > y.b; }
   // kCodeBits bits for every code beyond +-limit.
   static constexpr int kCodeBits = 1;
-  static uint32_t beyond(Codes codes, int limit) {
-    return static_cast<uint32_t>(std::abs(codes.a) > limit) | static_cast<uint32_t>(std::abs(codes.b) > limit) << 1;
+  static Codes beyond(Codes codes, int limit) {
+    return {static_cast<int16_t>(std::abs(codes.a) > limit), static_cast<int16_t>(std::abs(codes.b) > limit)};
   }
+  static uint32_t bits(Codes beyond) { return static_cast<uint32_t>(beyond.a | beyond.b << 1); }
+  static Codes count(Codes counts, Codes beyond) { return pack_codes(counts.a + beyond.a, counts.b + beyond.b); }
+  static int32_t reduce_codes(Codes codes) { return codes.a + codes.b; }
   static void look_up(const uint8_t* table, int, int64_t count, uint8_t* codes) {
     for (int64_t i = 0; i < count; ++i) codes[i] = table[codes[i]];
   }

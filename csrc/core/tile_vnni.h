@@ -26,20 +26,23 @@ struct CodeRows {
 // Of the bits of Simd::beyond() one for each code.
 constexpr uint32_t kOnce = Simd::kCodeBits == 1 ? ~0u : 0x55555555;
 
-OCSQ_INLINE int32_t rest_of(int code) { return code > 127 ? code - 127 : code < -128 ? code + 128 : 0; }
+// Without branches, as the signs of outliers cannot be predicted.
+OCSQ_INLINE int32_t rest_of(int code) {
+  const int above = code > 127 ? code - 127 : 0, below = code < -128 ? code + 128 : 0;
+  return above | below;
+}
 
 // Codes become bodies as they come; those that may have rests are noted, and looked at once the row is complete.
 class BytesOut {
  public:
-  // Of `codes`: the row itself and, where two more would be, the notes.
+  // Of `codes`: the row itself and, where another would be, the notes, read up to whole vectors into a third.
   static constexpr int kRowsOfNotes = 3;
   int16_t* codes;
 
   OCSQ_INLINE BytesOut(int16_t* all, int64_t pitch, const TileRows& tile, int row)
       : codes(all),
         bytes_(tile.tile + row * tile.row_bytes),
-        beyond_(reinterpret_cast<uint32_t*>(all + pitch)),
-        outliers_(reinterpret_cast<uint64_t*>(all + 2 * pitch)),
+        beyond_(reinterpret_cast<int32_t*>(all + pitch)),
         tile_(&tile),
         row_(row) {}
   // k codes will be put; those that fill no vector, and whatever is behind them, are taken from memory at the end.
@@ -54,10 +57,21 @@ class BytesOut {
     CodesOut{codes}.zeros(k);
     put_ = 0;
   }
+  template <class Look>
+  OCSQ_INLINE void for_outliers(int64_t k, const Look& look) const {
+    static_assert(kCodes == 2 * Simd::W);
+    const int64_t vectors = put_ / kCodes;
+    for (int64_t v = 0; v < vectors; v += 64) {
+      for (uint64_t some = with_outliers(v, vectors - v); some != 0; some &= some - 1) {
+        look((v + __builtin_ctzll(some)) * kCodes);
+      }
+    }
+    for (int64_t j = put_; j < k; j += kCodes) look(j);
+  }
   OCSQ_INLINE void finish(int64_t depth) {
     for (int64_t j = put_; j < depth; j += kCodes) {
       const Simd::Codes some = Narrow::first(codes + j, depth - j);
-      add<true>(j, some, Simd::beyond(some, 127));
+      add<true>(j, some, Simd::bits(Simd::beyond(some, 127)));
     }
     tile_->rest_count[row_] = noted_ ? find_rests(depth) : 0;
     tile_->offset_codes[row_] = narrow_.sum();
@@ -68,20 +82,29 @@ class BytesOut {
 
   OCSQ_INLINE int32_t find_rests(int64_t depth) {
     const int64_t vectors = (depth + kCodes - 1) / kCodes;
-    if (vectors % 64 != 0) outliers_[vectors / 64] = some_ >> (64 - vectors % 64);
     Rest* rests = tile_->rests + row_ * tile_->rest_capacity;
     int32_t count = 0;
     for (int64_t v = 0; v < vectors; v += 64) {
-      for (uint64_t some = outliers_[v / 64]; some != 0; some &= some - 1) {
+      for (uint64_t some = with_outliers(v, vectors - v); some != 0; some &= some - 1) {
         const int64_t at = v + __builtin_ctzll(some);
-        for (uint32_t beyond = beyond_[at] & kOnce; beyond != 0; beyond &= beyond - 1) {
+        for (uint32_t beyond = static_cast<uint32_t>(beyond_[at]) & kOnce; beyond != 0; beyond &= beyond - 1) {
           const int64_t k = at * kCodes + __builtin_ctz(beyond) / Simd::kCodeBits;
           const int32_t rest = rest_of(codes[k]);
-          if (rest != 0) rests[count++] = {static_cast<int32_t>(k), rest};
+          rests[count] = {static_cast<int32_t>(k), rest};  // there is room for every outlier, whether it has one
+          count += rest != 0;
         }
       }
     }
     return count;
+  }
+
+  // Which of the vectors from v on have outliers, of 64 at most.
+  OCSQ_INLINE uint64_t with_outliers(int64_t v, int64_t count) const {
+    uint64_t some = 0;
+    for (int i = 0; i < 64 && i < count; i += Simd::W) {
+      some |= static_cast<uint64_t>(Simd::nonzero(Simd::load_i(beyond_ + v + i))) << i;
+    }
+    return count < 64 ? some & ((uint64_t{1} << count) - 1) : some;
   }
 
   // Branches on no outlier: nobody could predict where they are.
@@ -89,17 +112,12 @@ class BytesOut {
   OCSQ_INLINE void add(int64_t j, Simd::Codes some, uint32_t beyond) {
     narrow_(some, bytes_ + j);
     if constexpr (!kOutliers) return;
-    const int64_t vector = j / kCodes;
-    beyond_[vector] = beyond;
-    some_ = some_ >> 1 | static_cast<uint64_t>(beyond != 0) << 63;
-    if (vector % 64 == 63) outliers_[vector / 64] = some_;
+    beyond_[j / kCodes] = static_cast<int32_t>(beyond);
   }
 
   Narrow narrow_;
   uint8_t* bytes_;
-  uint32_t* beyond_;    // for every vector of codes, which are outliers
-  uint64_t* outliers_;  // for every 64 of those, which have any
-  uint64_t some_ = 0;
+  int32_t* beyond_;  // for every vector of codes, which are outliers
   int64_t put_ = 0;
   bool noted_ = true;  // where no code that was put could be an outlier, none of its copies is one
   const TileRows* tile_;
