@@ -107,10 +107,10 @@ struct Simd {
   }
   static OCSQ_INLINE uint32_t bits(__mmask32 beyond) { return beyond; }
   static OCSQ_INLINE Codes count(Codes counts, __mmask32 beyond) {
-    return _mm512_mask_sub_epi16(counts, beyond, counts, _mm512_set1_epi16(-1));
+    return _mm512_mask_add_epi16(counts, beyond, counts, _mm512_set1_epi16(1));
   }
   static OCSQ_INLINE int32_t reduce_codes(Codes codes) {
-    return reduce_add(_mm512_madd_epi16(codes, _mm512_set1_epi16(1)));
+    return reduce_add(_mm512_dpwssd_epi32(zero_i(), codes, _mm512_set1_epi16(1)));
   }
   static OCSQ_INLINE int32_t reduce_add(I v) { return _mm512_reduce_add_epi32(v); }
   static OCSQ_INLINE void store_codes(int16_t* p, Codes codes) { _mm512_storeu_si512(p, codes); }
