@@ -138,7 +138,7 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
             bias = transform.folded_bias(flat, None if bias is None else bias.detach(), conv.groups)
             inverse, shift = transform.inverse, transform.shift
         product = QuantizedLinear.from_weight(ordered, bias, activations, nonlinearity=target.nonlinearity)
-        return QuantizedConv(conv, product, inverse, shift)
+        return QuantizedConv(conv, product, inverse, shift, target.adds)
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
         float_weight: Tensor = module.weight  # type: ignore[assignment]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,15 +43,17 @@ def fuse_nonlinearities(model: nn.Module, targets: list[Target], folded: Collect
         after = follower(holder, name, id(target.module) in folded)
         if after is None:
             continue
-        place_of_next, alone = after
+        if after.adds and type(target.module) is not nn.Conv2d:
+            continue
+        place_of_next, alone = after.place, after.alone
         found = placed(holder, place_of_next)
         nonlinearity = nonlinearity_of(found)
         if nonlinearity is None or (isinstance(found, nn.Module) and hooked(found)):
             continue
         if not alone and nonlinearity not in IDEMPOTENT:
             continue
-        target.nonlinearity = nonlinearity
-        target.notes.append(f"computes the {nonlinearity} that follows")
+        target.nonlinearity, target.adds = nonlinearity, after.adds
+        target.notes.append(f"computes the {'sum and the ' * after.adds}{nonlinearity} that follows")
         key = (id(holder), place_of_next)
         if key in made:
             made[key].layers += 1
@@ -119,14 +121,28 @@ def replace(holder: nn.Module, name: str, new: FusedNonlinearity) -> Change:
     return lambda: modules.__setitem__(name, new), lambda: modules.__setitem__(name, old)
 
 
-def follower(holder: nn.Module, name: str, folded: bool) -> tuple[str, bool] | None:
-    """What `holder` calls on the output of its child `name`, and on nothing else, where its code proves that; and
-    whether it calls that nowhere else. folded: a BatchNorm that comes first does nothing any more.
+class Follower(NamedTuple):
+    """The name of what is called on a child's output, whether it is called nowhere else, and whether something is added
+    to the output before.
+    """
+
+    place: str
+    alone: bool
+    adds: bool
+
+
+def follower(holder: nn.Module, name: str, folded: bool) -> Follower | None:
+    """What `holder` calls on the output of its child `name`, and on nothing else, where its code proves that. folded: a
+    BatchNorm that comes first does nothing any more.
     """
     found = _next(holder, name)
     if folded and found is not None and isinstance(placed(holder, found[0]), (*BATCH_NORMS, FoldedBatchNorm)):
-        return _next(holder, found[0])
-    return found
+        name = found[0]
+        found = _next(holder, name)
+    if found is not None:
+        return Follower(*found, False)
+    summed = None if type(holder) is nn.Sequential else source.sums(holder).get(name)
+    return None if summed is None else Follower(*summed, True)
 
 
 def _next(holder: nn.Module, name: str) -> tuple[str, bool] | None:

@@ -47,7 +47,7 @@ from ocsquant.nn.shared import form
 from ocsquant.records import layer_from
 from ocsquant.transaction import FOLDED, Change, become, commit, inherit, set_attribute, set_class
 
-VERSION = 8
+VERSION = 9
 KEY = "ocsquant"
 LAYER_TENSORS = sorted({n for c in (QuantizedLinear, *FORMS.values()) for n in c.tensors})
 SWITCHED_OFF = ("activation_relu_or_gelu", "use_nested_tensor")  # attributes that `quantize` may clear
@@ -299,9 +299,9 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
     for path, place, kind, count, elsewhere in record["fused"]:
         holder = modules.get(path) or nn.Identity()
         children = {f"{path}.{name}".lstrip("."): name for name in holder._modules}
-        own = [p for p in children if _nonlinearity(record["layers"].get(p, {})) == kind]
-        after = [follower(holder, children[p], p in record["folded"]) for p in own]
-        computes = after.count((place, not elsewhere)) == count > 0
+        own = {p: s for p in children if _nonlinearity(s := record["layers"].get(p, {})) == kind}
+        after = [(follower(holder, children[p], p in record["folded"]), s.get("adds", False)) for p, s in own.items()]
+        computes = sum(next == (place, not elsewhere, adds) for next, adds in after) == count > 0
         if not computes or nonlinearity_of(placed(holder, place)) != kind:
             where = f"{path}.{place}".lstrip(".")
             raise SchemaMismatchError(f"the file has a {kind} at '{where}' that a layer computes, the model has not")

@@ -149,7 +149,10 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check.floats("input_inverse", inverse, (wanted["in_channels"],), positive=True)
     check.floats("input_shift", shift, (wanted["in_channels"],))
     product = _linear(settings["parts"]["product"], own, check, scaled=inverse is not None)
-    new = QuantizedConv(old, product, inverse, shift)
+    adds = settings["adds"]
+    fits = type(adds) is bool and (not adds or (product.nonlinearity is not None and settings["origin"] == "Conv2d"))
+    check(fits, "adds must be true or false, true only for a Conv2d with a nonlinearity")
+    new = QuantizedConv(old, product, inverse, shift, adds)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
     check(product.input_inverse is None and product.group_size == 0, "its product has input scales or groups")
     any_bias = check.new_bias or shift is not None  # a shift makes a bias of its own

@@ -9,7 +9,7 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from types import CodeType, FunctionType, MethodType
 
@@ -32,17 +32,32 @@ def calls(holder: nn.Module) -> dict[str, tuple[str, bool]]:
 
     Also as two statements, one after the other: `h = self.a(...)` and `h = self.b(h)`.
     """
+    return _sound(holder, _pairs)
+
+
+def _sound(holder: nn.Module, pairs: Callable[[ast.AST], Iterator[tuple[str, str]]]) -> dict[str, tuple[str, bool]]:
+    """Those pairs of a child and what is called on its output that the rest of the code leaves alone."""
     classes = _trees(holder)
     # What torch's own transformer layers read by other ways than names is not what they call.
     if any(_hides_reads(tree) for cls, tree in classes.items() if not cls.__module__.startswith("torch.")):
         return {}
     trees = list(classes.values())
-    found = dict(pair for tree in trees for pair in _pairs(tree))
+    found = dict(pair for tree in trees for pair in pairs(tree))
     counts = _mentions(trees)
     kept = {name for tree in trees for name in _kept(tree)}
     called = Counter(_called(node) for tree in trees for node in _run(tree))
     sound = {a: b for a, b in found.items() if counts[a] == 1 and counts[b] == called[b] and a not in kept}
     return {a: (b, counts[b] == 1) for a, b in sound.items()}
+
+
+def sums(holder: nn.Module) -> dict[str, tuple[str, bool]]:
+    """`a` -> `b` for every `self.b(self.a(...) + x)` under the conditions of `calls`, and whether `b` is called nowhere
+    else.
+
+    Also as statements, with others between that do not name h: `h = self.a(...)`, `h += x` or `h = h + x`, and
+    `h = self.b(h)`, or it returned.
+    """
+    return _sound(holder, _summed)
 
 
 def siblings(holder: nn.Module) -> list[list[str]]:
@@ -164,7 +179,7 @@ def _names(tree: ast.AST) -> Iterator[str]:
             yield node.value
 
 
-def _called(node: ast.AST) -> str | None:
+def _called(node: ast.AST | None) -> str | None:
     """a, of `self.a(...)`."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         owner = node.func.value
@@ -197,6 +212,63 @@ def _in_turn(block: list[ast.stmt]) -> Iterator[tuple[str, str]]:
         argument = _alone(b[2])
         if isinstance(argument, ast.Name) and argument.id == a[0]:
             yield a[1], b[1]
+
+
+def _summed(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """One child for each sum: of two, either would wait for the other."""
+    found: dict[int, tuple[str, str]] = {}
+    for node in _run(tree):
+        b = _called(node)
+        sides = _sides(_alone(node)) if b is not None else None
+        a = next((a for side in sides or () if (a := _called(side)) is not None), None)
+        if a is not None and b is not None:
+            found.setdefault(id(node), (a, b))
+    for block in _blocks(tree):
+        for i, statement in enumerate(block):
+            first = _assigned(statement)
+            call = _passes(first[0], block[i + 1 :]) if first is not None else None
+            if first is not None and (b := _called(call)) is not None:
+                found.setdefault(id(call), (first[1], b))
+    yield from found.values()
+
+
+def _passes(h: str, block: list[ast.stmt]) -> ast.AST | None:
+    """The call, where the statements that name h add something to it once and hand it to self.b(), in its own place."""
+    added = False
+    for statement in (s for s in block if _mentioned(s, h)):
+        value, b = getattr(statement, "value", None), _called(getattr(statement, "value", None))
+        into = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        stored = len(into) == 1 and isinstance(into[0], ast.Name) and into[0].id == h
+        if not (stored or isinstance(statement, ast.Return)) or not isinstance(value, ast.expr):
+            return None
+        if b is not None:
+            argument = _alone(value)
+            whole = _adds(argument, h) if not added else isinstance(argument, ast.Name) and argument.id == h
+            return value if whole and not isinstance(statement, ast.AugAssign) else None
+        if added or isinstance(statement, ast.Return):
+            return None
+        more = isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add) and not _mentioned(value, h)
+        if not (more or (isinstance(statement, ast.Assign) and _adds(value, h))):
+            return None
+        added = True
+    return None
+
+
+def _sides(node: ast.AST | None) -> tuple[ast.expr, ast.expr] | None:
+    """Of a sum."""
+    return (node.left, node.right) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) else None
+
+
+def _adds(node: ast.AST | None, h: str) -> bool:
+    """Whether it is h + x or x + h, and x does not name h."""
+    if (sides := _sides(node)) is None:
+        return False
+    alone = [isinstance(side, ast.Name) and side.id == h for side in sides]
+    return sum(alone) == 1 and not _mentioned(sides[alone.index(False)], h)
+
+
+def _mentioned(node: ast.AST, h: str) -> bool:
+    return any(isinstance(n, ast.Name) and n.id == h for n in ast.walk(node))
 
 
 def _assigned(statement: ast.stmt) -> tuple[str, str, ast.Call] | None:

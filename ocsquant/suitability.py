@@ -12,7 +12,9 @@ from ocsquant.ops import cpu_isa
 
 # Channels in and out of a convolution whose kernel is one element, for inputs that lie channels last, and first.
 POINTWISE_LAST, POINTWISE_FIRST = (256, 64), (512, 256)
-SMALLEST_VNNI = 32  # channels in and out of a group, any kernel, on a CPU whose integer products are that much faster
+# Channels in and out of a group, any kernel, on a CPU whose integer products are that much faster; and weights of an
+# output, with so many outputs, where there are fewer (the first convolution of a network).
+SMALLEST_VNNI, DEPTH_VNNI, WIDE_VNNI = 32, 128, 64
 SMALLEST_HIDDEN = 32  # of an LSTM or GRU (benchmarks/recurrent.py)
 SMALLEST_OUT, SMALLEST_IN, NARROW_IN, WIDE_OUT = 64, 64, 128, 128
 SMALLEST_CHANNELS = (64, 96)  # in and out of a convolution without VNNI whose kernel is larger
@@ -34,7 +36,8 @@ def convolution_pays(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
     if "vnni" in cpu_isa()[0]:
-        return min(inputs, outputs) >= SMALLEST_VNNI
+        deep = module.weight[0].numel() >= DEPTH_VNNI and outputs >= WIDE_VNNI
+        return deep or min(inputs, outputs) >= SMALLEST_VNNI
     if module.kernel_size.count(1) == len(module.kernel_size):
         last = module.weight.dim() > 3 and module.weight.stride(-1) == inputs > 1  # so is its input, then
         smallest_in, smallest_out = POINTWISE_LAST if last else POINTWISE_FIRST

@@ -1,6 +1,7 @@
 """quantized_conv2d and QuantizedConv: every geometry to the bits of the reference, in the place of torch's modules."""
 
 import copy
+from itertools import product
 
 import pytest
 import reference
@@ -253,12 +254,31 @@ def test_a_shared_weight_stays_one():
     assert not torch.equal(model[0].bias, model[2].bias)
 
 
+@pytest.mark.parametrize("nonlinearity", ["none", "relu", "silu"])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_residual_is_added_before_the_nonlinearity(kernel, nonlinearity):
+    formats = (torch.contiguous_format, torch.channels_last)
+    for outputs, groups, stride, *layouts in product((16, 48, 64, 160), (1, 2), (1, 2), formats, formats):
+        x = torch.randn(2, 16, 9, 7).contiguous(memory_format=layouts[0])
+        codes = torch.randint(-127, 128, (outputs, 16 // groups, kernel, kernel), dtype=torch.int8)
+        window = {f"{name}_{side}": size for name, size in (("kernel", kernel), ("stride", stride)) for side in "hw"}
+        form = {"bias": torch.randn(outputs), "groups": groups, **window}
+        plain = ops.quantized_conv2d(x, pack(codes), torch.full((outputs,), 0.01), **form)
+        residual = torch.randn(plain.shape).contiguous(memory_format=layouts[1])
+        form |= {"nonlinearity": nonlinearity, "residual": residual}
+        y = ops.quantized_conv2d(x, pack(codes), torch.full((outputs,), 0.01), **form)
+        assert torch.equal(y, ops.nonlinear(plain + residual, nonlinearity))
+        assert y.stride() == plain.stride()
+
+
 def test_opcheck():
     codes, scale = torch.randint(-127, 128, (7, 3, 3, 3), dtype=torch.int8), torch.rand(7)
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(2, 3, 6, 6).contiguous(memory_format=layout)
         arguments = (x, pack(codes), scale, None, None, 3, 3, 2, 1, 1, 0)
         torch.library.opcheck(torch.ops.ocsquant.quantized_conv2d.default, arguments)
+        whole = {"nonlinearity": "relu", "residual": torch.randn(2, 7, 3, 4)}
+        torch.library.opcheck(torch.ops.ocsquant.quantized_conv2d.default, arguments, whole)
 
 
 def test_wrong_calls_name_the_argument():

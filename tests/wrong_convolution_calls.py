@@ -23,6 +23,7 @@ WRONG: dict[str, dict[str, Any]] = {
     **WINDOW,
     "groups": {"range": 0, "channels": 2},
     "nonlinearity": {"range": Wrong("swish", text="none, relu")},
+    "residual": {"size": Wrong(tensor(2, 70, 6, 5), text="sizes of the output, 2 x 70 x 6 x 6")},
     **{name: {"size": Wrong(tensor(4), text="3 entries")} for name in ("input_inverse", "input_shift")},
 }
 
@@ -39,12 +40,14 @@ CONVOLUTION_CASES = {
             "kernel_w": 3,
             "input_inverse": tensor(3).abs() + 1,
             "input_shift": tensor(3),
+            "residual": tensor(2, 70, 6, 6),
         },
         WRONG,
         {
             **EXCUSED_LINEAR,
             "input_inverse.range": "what is not finite after it gives NaN",
             "input_shift.range": "as input_inverse",
+            "residual.range": "any value may be added",
         },
     ),
 }

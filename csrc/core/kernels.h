@@ -65,6 +65,9 @@ struct PackedWeight {
   const uint8_t* zero = nullptr;   // [scale_groups()][n], below 8 bits: subtracted from a code; null: 2^(bits-1)
   const int8_t* levels = nullptr;  // [kMaxEntries], below 8 bits: what a code stands for instead, or null
   Nonlinearity nonlinearity = Nonlinearity::none;
+  // Where what is added to an output before its nonlinearity lies, in floats from where the output goes; 0: nowhere.
+  // For float32 without group scales.
+  int64_t residual = 0;
   int64_t scale_groups() const { return group_channels > 0 ? (k + group_channels - 1) / group_channels : 1; }
   int64_t base_groups() const {
     return bits == 8 ? (k + kGroup - 1) / kGroup : (k + kSpan * kGroup - 1) / (kSpan * kGroup) * kSpan;

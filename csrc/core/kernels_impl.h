@@ -7,6 +7,7 @@
 #include "rowwise_impl.h"
 //
 #include "fake_quantize_impl.h"
+#include "fixed_steps_impl.h"
 #include "kurtosis_impl.h"
 #include "recurrent_impl.h"
 #include "stored_impl.h"

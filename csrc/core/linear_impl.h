@@ -147,7 +147,7 @@ struct Epilogue {
   const float* scale;
   const float* bias;
   Nonlinearity nonlinearity;
-  int64_t width;
+  int64_t residual, width;
   float edge_scale[kPanel], edge_bias[kPanel];
 
   OCSQ_INLINE Epilogue(const PackedWeight& w, int64_t panel, int64_t group = 0) {
@@ -157,30 +157,43 @@ struct Epilogue {
     const bool last = group + 1 == w.scale_groups();
     bias = w.bias != nullptr && last ? w.bias + n0 : nullptr;
     nonlinearity = last ? w.nonlinearity : Nonlinearity::none;
+    residual = w.residual;
     if (width < kPanel) {
       scale = padded(scale, width, edge_scale);
       if (bias != nullptr) bias = padded(bias, width, edge_bias);
     }
   }
 
-  template <bool kBias>
-  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, float* y) const {
-    const Simd::F t = Simd::set1(step);
+  // others: what is added to the outputs. ReLU is a bound like any other.
+  template <bool kBias, bool kOthers>
+  OCSQ_INLINE void columns(const int32_t* sums, int32_t offset, float step, const float* others, float* y) const {
+    const float none = -std::numeric_limits<float>::infinity();
+    const Simd::F t = Simd::set1(step), least = Simd::set1(nonlinearity == Nonlinearity::relu ? 0.0f : none);
     const Simd::I o = Simd::set1_i(offset);
     for (int64_t j = 0; j < width; j += Simd::W) {
       const Simd::I sum = Simd::sub_i(Simd::load_i(sums + j), o);
       Simd::F v = Simd::mul(Simd::to_float(sum), Simd::mul(t, Simd::load(scale + j)));
       if (kBias) v = Simd::add(v, Simd::load(bias + j));
-      Simd::store(y + j, v);
+      if (kOthers) v = Simd::add(v, Simd::load(others + j));
+      Simd::store(y + j, Simd::max(least, v));  // the second of max() where one is NaN
     }
   }
 
   OCSQ_INLINE void row(const int32_t* sums, int32_t offset, float step, void* y, Float dtype, int64_t at) const {
-    float block[kPanel];
+    float block[kPanel], edge[kPanel];
     const bool whole = dtype == Float::f32 && width == kPanel;
     float* to = whole ? static_cast<float*>(y) + at : block;
-    bias != nullptr ? columns<true>(sums, offset, step, to) : columns<false>(sums, offset, step, to);
-    if (nonlinearity != Nonlinearity::none) nonlinear(nonlinearity, width, to);
+    if (residual != 0) {
+      const float* others = static_cast<const float*>(y) + at + residual;
+      if (!whole) others = padded(others, width, edge);
+      bias != nullptr ? columns<true, true>(sums, offset, step, others, to)
+                      : columns<false, true>(sums, offset, step, others, to);
+    } else {
+      bias != nullptr ? columns<true, false>(sums, offset, step, nullptr, to)
+                      : columns<false, false>(sums, offset, step, nullptr, to);
+    }
+    const bool bounded = nonlinearity == Nonlinearity::none || nonlinearity == Nonlinearity::relu;
+    if (!bounded) nonlinear(nonlinearity, width, to);
     if (whole) return;
     if (dtype == Float::f32) {
       std::memcpy(static_cast<float*>(y) + at, block, width * sizeof(float));
@@ -209,7 +222,8 @@ __attribute__((noinline)) void finish(const Activations& a, const PackedWeight& 
   }
 }
 
-// Rows of the output are pages apart: no prefetcher of the CPU foresees them, and the stores would wait for memory.
+// Rows of the output are pages apart: no prefetcher of the CPU foresees them, and the stores would wait for memory, as
+// would reading what is added to them.
 OCSQ_INLINE void fetch_output(const void* y, Float dtype, int64_t pitch, int64_t at, int rows, int64_t width) {
   const int64_t bytes = dtype == Float::f32 ? sizeof(float) : sizeof(uint16_t);
   const char* row = static_cast<const char*>(y) + at * bytes;
@@ -255,7 +269,11 @@ void multiply(const Activations& a, const PackedWeight& w, void* y, Float dtype,
     int32_t* sums = block_sums;
     for (int64_t m = first; m < last; m += Tile::kRows) {
       const int rows = static_cast<int>(last - m < Tile::kRows ? last - m : Tile::kRows);
-      if (g + length == groups) fetch_output(y, dtype, w.n, m * w.n + panel * kPanel, rows, epilogue.width);
+      if (g + length == groups) {
+        const int64_t at = m * w.n + panel * kPanel;
+        fetch_output(y, dtype, w.n, at, rows, epilogue.width);
+        if (w.residual != 0) fetch_output(y, dtype, w.n, at + w.residual, rows, epilogue.width);
+      }
       Tile::multiply(rows, a.codes + m * a.row_bytes, depth, part, sums);
       part.next = nullptr;
       if (g + length == groups) finish<Tile>(a, w, epilogue, weights.stored(), m, rows, sums, y, dtype, panel);

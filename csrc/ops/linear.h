@@ -44,6 +44,8 @@ inline void run_linear(const void* x, Float dtype, int64_t m, const TokenQuantiz
 }
 // Rows to multiply at a time, at most `limit`, in whole tiles: about as many each time and for each thread.
 int64_t even_rows(int64_t rows, int64_t limit, int64_t tile, int64_t threads);
+// y[n] = nonlinearity(y + others[n])
+void finish_outputs(float* y, const float* others, int64_t n, Nonlinearity which);
 int64_t tokens_of(const Tensor& x);               // rows of its last dimension
 Tensor empty_output(const Tensor& x, int64_t n);  // of x with n columns, in its dtype
 Tensor linear(const char* op, const Tensor& x, const WeightOperands& operands, const TokenQuantizer& how);

@@ -59,7 +59,9 @@ struct Convolution {
   bool in_place() const { return channels_last && groups == 1; }
 };
 
-Convolution of_group(Convolution c, const PackedWeight& w, int64_t group) {
+Convolution of_group(const Convolution& all, int64_t group) {
+  Convolution c = all;
+  const PackedWeight& w = all.w;
   const int64_t first = group * c.n, panel = first / kPanel;
   c.group = group;
   c.before = first - panel * kPanel;
@@ -220,13 +222,21 @@ void run_patches(const Convolution& c) {
   multiply_blocks(c, {first, plane, step}, std::min(most * s.kernel_h * s.kernel_w, s.depth()), fill_patches);
 }
 
+// Of the strides of y.
+Tensor as_laid_out(const Tensor& t, const Tensor& y, bool channels_last) {
+  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
+  Tensor same = channels_last ? empty_cpu(sizes_of(y), ScalarType::Float, {0, 2, 3, 1})
+                              : empty_cpu(sizes_of(y), ScalarType::Float);
+  return torch::stable::copy_(same, t);
+}
+
 Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& scale, const std::optional<Tensor>& bias,
                         const std::optional<Tensor>& tail_index, int64_t kernel_h, int64_t kernel_w, int64_t stride_h,
                         int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
                         const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups,
                         const std::optional<Tensor>& input_inverse, const std::optional<Tensor>& input_shift,
-                        const std::string& nonlinearity) {
+                        const std::string& nonlinearity, const std::optional<Tensor>& residual) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
@@ -271,27 +281,43 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const Tensor source = last ? x : dense(x);
   Tensor y = last ? empty_cpu({samples, w.n, out_h, out_w}, ScalarType::Float, {0, 2, 3, 1})
                   : empty_cpu({samples, w.n, out_h, out_w}, ScalarType::Float);
+  std::optional<Tensor> others;
+  if (residual.has_value()) {
+    check_tensor(kOp, "residual", *residual, ScalarType::Float, 4);
+    OCSQ_CHECK(sizes_of(*residual) == sizes_of(y), kOp, ": residual must have the sizes of the output, ", samples,
+               " x ", w.n, " x ", out_h, " x ", out_w);
+    others = as_laid_out(*residual, y, last);
+  }
   if (samples == 0 || w.n == 0) return y;
-  const Convolution whole = {source.const_data_ptr<float>(),
-                             y.mutable_data_ptr<float>(),
-                             last,
-                             samples,
-                             groups,
-                             0,
-                             s,
-                             w,
-                             0,
-                             w.n / groups,
-                             how};
+  Convolution whole = {source.const_data_ptr<float>(),
+                       y.mutable_data_ptr<float>(),
+                       last,
+                       samples,
+                       groups,
+                       0,
+                       s,
+                       w,
+                       0,
+                       w.n / groups,
+                       how};
+  const bool apart = others.has_value() && !whole.in_place();
+  if (apart) {
+    whole.w.nonlinearity = Nonlinearity::none;
+  } else if (others.has_value()) {
+    const intptr_t from = reinterpret_cast<intptr_t>(whole.y),
+                   to = reinterpret_cast<intptr_t>(others->const_data_ptr());
+    whole.w.residual = (to - from) / static_cast<intptr_t>(sizeof(float));
+  }
   const bool pixels = kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0;
   if (pixels && whole.in_place() && stride_h == 1 && stride_w == 1) {
-    run_linear(whole.x, Float::f32, whole.rows(), how, w, whole.y);
+    run_linear(whole.x, Float::f32, whole.rows(), how, whole.w, whole.y);
     return y;
   }
   for (int64_t group = 0; group < groups; ++group) {
-    const Convolution c = of_group(whole, w, group);
+    const Convolution c = of_group(whole, group);
     pixels ? multiply_blocks(c, {}, how.max_outliers, fill_pixels) : run_patches(c);
   }
+  if (apart) finish_outputs(whole.y, others->const_data_ptr<float>(), y.numel(), w.nonlinearity);
   return y;
 }
 

@@ -13,6 +13,7 @@ from ocsquant.errors import ArgumentError
 from ocsquant.nn.fused import applied, fuses
 from ocsquant.nn.linear import FLOATS, QuantizedLinear
 from ocsquant.nn.quantized import Quantized
+from ocsquant.nn.sums import PendingSum
 
 SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -26,8 +27,8 @@ class QuantizedConv(Quantized):
     contiguous or channels last (which is faster). With calibrated inputs `input_inverse` and `input_shift`, float32
     [in_channels] or None, are what a channel is multiplied with after it was shifted; their part of the output is in
     the weight and bias of `product`. With a nonlinearity of `product` the output is what that makes of it, as of a
-    `QuantizedLinear`. Takes float32, bfloat16, float16 or float64;
-    returns the same dtype.
+    `QuantizedLinear`; if it `adds`, of its sum with a tensor that the code around it adds to the output, which is a
+    `PendingSum` until then. Takes float32, bfloat16, float16 or float64; returns the same dtype.
     """
 
     kernel = "quantized_conv2d"
@@ -42,6 +43,7 @@ class QuantizedConv(Quantized):
         product: QuantizedLinear,
         input_inverse: Tensor | None = None,
         input_shift: Tensor | None = None,
+        adds: bool = False,
     ) -> None:
         """like: a module (or anything else) with the attributes `SETTINGS`."""
         super().__init__()
@@ -58,7 +60,7 @@ class QuantizedConv(Quantized):
         self._window = [size for given, height in sizes for size in (height, *given)[-2:]]
         # A kernel of one element goes over planes that follow one another as over one.
         self._flat = len(before) == 3 and {*self.kernel_size, *self.stride} == {1} and {*self._zeros} == {0}
-        self.product = product
+        self.product, self.adds = product, adds
         for name, value in zip(self.tensors, (input_inverse, input_shift), strict=True):
             self.register_buffer(name, value)
 
@@ -105,7 +107,7 @@ class QuantizedConv(Quantized):
     def float_bytes(self) -> int:
         return self.product.float_bytes
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor | PendingSum:
         dims = len(self.kernel_size)
         if not isinstance(input, Tensor) or input.dim() not in (dims + 1, dims + 2):
             got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
@@ -121,9 +123,21 @@ class QuantizedConv(Quantized):
         kind = self.product.nonlinearity
         if kind is None or self._forward_hooks or not fuses():
             return self._integer(input)
-        return applied(self._integer(input, kind), kind)
+        return self._pending(input, kind) if self.adds else applied(self._integer(input, kind), kind)
 
-    def _integer(self, input: Tensor, nonlinearity: str = "none") -> Tensor:
+    def _pending(self, input: Tensor, kind: str) -> PendingSum:
+        sizes = None
+        if input.dtype == torch.float32 and input.dim() == 4 and not self._pads:
+            windows = zip(input.shape[2:], *(self._window[i : i + 2] for i in (0, 2, 4, 6)), strict=True)
+            inside = ((size + 2 * z - d * (k - 1) - 1) // s + 1 for size, k, s, z, d in windows)
+            sizes = (input.shape[0], self.out_channels, *inside)
+
+        def convolution(residual: Tensor | None) -> Tensor:
+            return self._integer(input, "none" if residual is None else kind, residual)
+
+        return PendingSum(convolution, sizes, kind)
+
+    def _integer(self, input: Tensor, nonlinearity: str = "none", residual: Tensor | None = None) -> Tensor:
         dims, p = len(self.kernel_size), self.product
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
         x = self._padded(x if x.dtype == torch.float32 else x.float())
@@ -142,6 +156,7 @@ class QuantizedConv(Quantized):
             *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.groups),
             *map(self._of_frames, (self.input_inverse, self.input_shift)),
             nonlinearity,
+            residual,
         )
         y = ops.quantized_conv2d(*operands)
         if dims == 1:
@@ -192,7 +207,8 @@ class QuantizedConv(Quantized):
 
     def settings(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in SETTINGS}
-        return {"kind": "QuantizedConv", "origin": self.origin, **own, "parts": {"product": self.product.settings()}}
+        parts = {"product": self.product.settings()}
+        return {"kind": "QuantizedConv", "origin": self.origin, **own, "adds": self.adds, "parts": parts}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)}" for name in SETTINGS)

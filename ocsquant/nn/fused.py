@@ -72,8 +72,8 @@ class FusedNonlinearity(nn.Module):
         """Without gradients with the bits of the layer's own."""
         if self.called_elsewhere and self.inplace:
             return torch.relu_(input)  # the only one of them that may be
-        if torch.is_grad_enabled() or torch.jit.is_tracing():
-            return NONLINEARITIES[self.nonlinearity](input)
+        if self.nonlinearity == "relu" or torch.is_grad_enabled() or torch.jit.is_tracing():
+            return NONLINEARITIES[self.nonlinearity](input)  # of ReLU the bits are the same
         if input.dtype in (torch.float32, torch.bfloat16):
             return nonlinear(input, self.nonlinearity)
         return nonlinear(input.float(), self.nonlinearity).to(input.dtype)

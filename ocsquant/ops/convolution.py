@@ -36,6 +36,7 @@ def quantized_conv2d(
     input_inverse: Tensor | None = None,
     input_shift: Tensor | None = None,
     nonlinearity: str = "none",
+    residual: Tensor | None = None,
 ) -> Tensor:
     """2d convolution with integer weights, quantizing each sample of `x` on the way in, group by group.
 
@@ -66,6 +67,7 @@ def quantized_conv2d(
             them are clamped. Tail columns included then at most 65536.
         input_shift: float32 [channels] or None, with input_inverse and padding 0 only.
         nonlinearity: of the output, as in `quantized_linear`.
+        residual: float32 of the sizes of the output, added to it before the nonlinearity; or None.
 
     Returns:
         float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
@@ -95,6 +97,7 @@ def quantized_conv2d(
         input_inverse,
         input_shift,
         nonlinearity,
+        residual,
     )
 
 

@@ -21,6 +21,7 @@ struct Plan {
   int64_t block_tiles = 0;  // row tiles of one multiply() call; 0: row_block rows, as the op does
   bool backwards = false;   // last block and panel first
   bool threads = false;     // two of them
+  uint64_t residual = 0;    // the seed of what is added to float32 outputs; 0: nothing
 };
 
 Plan make_plan(uint64_t seed) {
@@ -30,6 +31,7 @@ Plan make_plan(uint64_t seed) {
   if (r.below(3) == 0) plan.ranges = 2 + r.below(3);
   if (r.below(3) == 0) plan.block_tiles = 1 + r.below(3);
   plan.backwards = r.below(4) == 0;
+  plan.residual = r.below(3) == 0 ? static_cast<uint64_t>(1 + r.below(1000)) : 0;
   return plan;
 }
 
@@ -62,13 +64,19 @@ class Rig {
     std::vector<int8_t> codes(n * k), tail(n * e);
     ocsquant::unpack_panels(packed_, codes.data(), tail.data());
     packs_ = packs_ && codes == weight.codes && tail == weight.tail;
-    exact_ = linear(tokens.codes, tokens.step, weight, expected_);
+    residual_.clear();
+    if (plan.residual != 0 && out == Float::f32 && weight.group == 0) {
+      Random r(plan.residual);
+      residual_.resize(tokens.m * n);
+      for (auto& v : residual_) v = r.gauss() * 3.0f;
+    }
+    exact_ = linear(tokens.codes, tokens.step, weight, residual_, expected_);
   }
 
   void run(Level& level) {
     Case c(level,
            "M %ld N %ld K %ld tail %ld groups of %ld, weights of %d bits%s, %s to %s, bits %d, outliers %d, threshold "
-           "%g, fill %d%s%s, nonlinearity %d, "
+           "%g, fill %d%s%s%s, nonlinearity %d, "
            "ranges %ld, blocks "
            "%ld%s",
            long(tokens_->m), long(packed_.n), long(packed_.k), long(packed_.tail), long(packed_.group_channels),
@@ -82,8 +90,8 @@ class Rig {
            : how_.fixed    ? ", fixed"
            : how_.inverse  ? ", folded"
                            : "",
-           packed_.bias ? ", bias" : "", int(packed_.nonlinearity), long(plan_.ranges), long(plan_.block_tiles),
-           plan_.threads ? ", threads" : "");
+           packed_.bias ? ", bias" : "", residual_.empty() ? "" : ", residual", int(packed_.nonlinearity),
+           long(plan_.ranges), long(plan_.block_tiles), plan_.threads ? ", threads" : "");
     c.check(packs_, "the packed weight does not hold the codes");
     c.check(exact_, "the sum of the test itself does not fit int32");
     const LinearKernels& kernels = level.kernels->linear;
@@ -116,6 +124,11 @@ class Rig {
     }
     y_ = out_ == Float::f32 ? static_cast<void*>(y_arena_.place<float>(m * packed_.n, side))
                             : y_arena_.place<uint16_t>(m * packed_.n, side);
+    packed_.residual = 0;
+    if (residual_.empty()) return;
+    const float* others = residual_arena_.copy(residual_.data(), m * packed_.n, side);
+    const intptr_t distance = reinterpret_cast<intptr_t>(others) - reinterpret_cast<intptr_t>(y_);
+    packed_.residual = distance / static_cast<intptr_t>(sizeof(float));
   }
 
   template <class Work>
@@ -178,7 +191,7 @@ class Rig {
 
   Arena x_arena_, inverse_arena_, shift_arena_, zero_arena_, levels_arena_, packed_arena_, scale_arena_, bias_arena_,
       index_arena_, y_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_, offset_arena_, group_arena_,
-      scratch_arena_[2], sums_arena_[2];
+      residual_arena_, scratch_arena_[2], sums_arena_[2];
   const Tokens* tokens_ = nullptr;
   const Weight* weight_ = nullptr;
   Float out_ = Float::f32;
@@ -189,7 +202,7 @@ class Rig {
   void *x_ = nullptr, *y_ = nullptr, *scratch_[2] = {};
   uint8_t* sums_[2] = {};
   bool exact_ = false, packs_ = false;
-  std::vector<float> expected_;
+  std::vector<float> residual_, expected_;
 };
 
 int64_t choose_tail(uint64_t seed, int64_t k) {

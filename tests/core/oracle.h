@@ -138,9 +138,10 @@ struct Weight {
   ocsquant::Nonlinearity nonlinearity = ocsquant::Nonlinearity::none;
 };
 
-// y[m][n] from codes[m][k]. False if an exact sum does not fit the int32 the kernels keep it in.
+// y[m][n] from codes[m][k] and what is added to it, [m][n] or empty. False if an exact sum does not fit the int32 the
+// kernels keep it in.
 inline bool linear(const std::vector<int32_t>& codes, const std::vector<float>& step, const Weight& w,
-                   std::vector<float>& y) {
+                   const std::vector<float>& residual, std::vector<float>& y) {
   const int64_t m = static_cast<int64_t>(step.size());
   bool fits = true;
   y.resize(m * w.n);
@@ -159,6 +160,7 @@ inline bool linear(const std::vector<int32_t>& codes, const std::vector<float>& 
         v = g == 0 ? share : v + share;
       }
       if (!w.bias.empty()) v = v + w.bias[j];
+      if (!residual.empty()) v = v + residual[i * w.n + j];
       y[i * w.n + j] = v;
     }
   }
