@@ -30,6 +30,7 @@ from benchmarks.measure import Call, Ratio
 WIDTHS = {8: "W8A8", 4: "W4", 2: "W2"}
 SIZES, TOKENS, SCALING_TOKENS = (768, 2048, 4096), (16, 128, 1024), (16, 128, 1024)
 FLAGS = {"avx512_vnni": ("-mavx512f", "-mavx512vnni"), "avx_vnni": ("-mavx2", "-mavxvnni"), "avx2": ("-mavx2",)}
+FLAGS["amx_int8"] = FLAGS["avx512_vnni"]  # of the vectors beside the tiles
 CHUNK = 16 * 2**20  # read at a time
 REST = 0.05  # seconds in which the threads of what ran before stop waiting for work
 

@@ -35,7 +35,7 @@ def pays(out_features: int, in_features: int) -> bool:
 def convolution_pays(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     """The same for a convolution (benchmarks/convolution.py): turning pixels into rows of channels must be won back."""
     inputs, outputs = module.in_channels // module.groups, module.out_channels // module.groups
-    if "vnni" in cpu_isa()[0]:
+    if cpu_isa()[0] not in ("avx2", "scalar"):
         deep = module.weight[0].numel() >= DEPTH_VNNI and outputs >= WIDE_VNNI
         return deep or min(inputs, outputs) >= SMALLEST_VNNI
     if module.kernel_size.count(1) == len(module.kernel_size):

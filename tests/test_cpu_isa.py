@@ -18,7 +18,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 def test_environment_names_level_and_reason():
     e = ocsquant.env()
-    assert e.isa in ("scalar", "avx2", "avx_vnni", "avx512_vnni")
+    assert e.isa in ("scalar", "avx2", "avx_vnni", "avx512_vnni", "amx_int8")
     assert e.isa in str(e)
     assert e.isa_reason in str(e)
     assert torch.__version__ in str(e)
@@ -33,7 +33,7 @@ def test_an_unknown_level_is_an_error_at_import():
     result = run("import ocsquant", OCSQUANT_ISA="sse9")
     assert result.returncode != 0
     assert "OCSQUANT_ISA=sse9" in result.stderr
-    assert "expected avx512_vnni, avx_vnni, avx2 or scalar" in result.stderr
+    assert "expected amx_int8, avx512_vnni, avx_vnni, avx2 or scalar" in result.stderr
 
 
 def test_a_second_copy_in_one_process_is_refused(tmp_path):

@@ -216,7 +216,7 @@ print(ops.cpu_isa()[0], h.hexdigest())
 def test_every_level_this_cpu_has_gives_the_same_bits(capsys):
     tests = Path(__file__).parent
     sums = {}
-    for level in ("scalar", "avx2", "avx_vnni", "avx512_vnni"):
+    for level in ("scalar", "avx2", "avx_vnni", "avx512_vnni", "amx_int8"):
         code = "import torch; torch.manual_seed(0)\n" + CHECKSUM
         path = os.pathsep.join([str(tests), str(tests.parent)])
         environment = dict(os.environ, OCSQUANT_ISA=level, PYTHONPATH=path)

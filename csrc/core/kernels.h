@@ -189,6 +189,7 @@ extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvxVnni;
 extern const Kernels kAvx512Vnni;
+extern const Kernels kAmxInt8;
 #endif
 
 // Codes of a row up to whole spans, and how far the rows of a tile are apart before they are placed; a Tile that places

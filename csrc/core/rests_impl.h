@@ -10,7 +10,7 @@ namespace {
 
 // The rests of a tile's rows, all of them or those of one group of scales.
 struct RestRows {
-  static constexpr int kMaxRows = 6;  // of any Tile
+  static constexpr int kMaxRows = 32;  // of any Tile
   const Rest* of[kMaxRows];
   int32_t count[kMaxRows];
 };

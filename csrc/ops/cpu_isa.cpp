@@ -27,7 +27,7 @@ std::tuple<std::string, std::string> cpu_isa() {
 const Kernels& cpu_kernels() {
   const Selection& chosen = selection();
   OCSQ_CHECK(chosen.kernels != nullptr, "OCSQUANT_ISA=", std::getenv("OCSQUANT_ISA"), ": ", chosen.why,
-             "; expected avx512_vnni, avx_vnni, avx2 or scalar");
+             "; expected amx_int8, avx512_vnni, avx_vnni, avx2 or scalar");
   return *chosen.kernels;
 }
 

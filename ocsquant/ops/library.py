@@ -32,7 +32,7 @@ compiled = torch.ops.ocsquant
 
 
 def cpu_isa() -> tuple[str, str]:
-    """The level the kernels run at ("avx512_vnni", "avx_vnni", "avx2" or "scalar"), and why that one."""
+    """The level the kernels run at ("amx_int8", "avx512_vnni", "avx_vnni", "avx2" or "scalar"), and why that one."""
     return compiled.cpu_isa()
 
 

@@ -11,11 +11,14 @@
 #include "tests.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
 #endif
 
 namespace ocsquant {
 extern const Kernels kAvx512VlVnni;  // avx_vnni.cpp compiled again with the EVEX encoding
-extern const Kernels kAvx512VnniEmulated, kAvx512VlVnniEmulated;
+extern const Kernels kAvx512VnniEmulated, kAvx512VlVnniEmulated, kAmxInt8Emulated;
 }  // namespace ocsquant
 
 namespace coretest {
@@ -25,7 +28,7 @@ char g_case[512] = "nothing yet";
 namespace {
 
 struct Cpu {
-  bool avx2 = false, avx_vnni = false, avx512_vnni = false, avx512vl_vnni = false;
+  bool avx2 = false, avx_vnni = false, avx512_vnni = false, avx512vl_vnni = false, amx_int8 = false;
 };
 
 #if defined(__x86_64__)
@@ -36,12 +39,16 @@ Cpu read_cpu() {
   uint32_t low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
-  const uint32_t leaves = a;
+  const uint32_t leaves = a, tiles = 3u << 24, state = 3u << 17;
   const bool zmm = (low & 0xe6) == 0xe6, vnni = (c & (1u << 11)) != 0;
   cpu.avx2 = (low & 6) == 6 && (b & bit_AVX2) != 0;
   cpu.avx512vl_vnni =
       cpu.avx2 && zmm && vnni && (b & bit_AVX512F) != 0 && (b & bit_AVX512BW) != 0 && (b & bit_AVX512VL) != 0;
   cpu.avx512_vnni = cpu.avx512vl_vnni && (b & bit_AVX512DQ) != 0;
+#if defined(__linux__)
+  cpu.amx_int8 = cpu.avx512_vnni && (d & tiles) == tiles && (low & state) == state &&
+                 syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // asks for the permission
+#endif
   cpu.avx_vnni = cpu.avx2 && leaves >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & (1u << 4)) != 0;
   return cpu;
 }
@@ -52,6 +59,7 @@ std::vector<Level> all_levels(size_t& selectable) {
   std::vector<Level> levels;
 #if defined(__x86_64__)
   const Cpu cpu = read_cpu();
+  levels.push_back({"amx_int8", &ocsquant::kAmxInt8, cpu.amx_int8, 1});
   levels.push_back({"avx512_vnni", &ocsquant::kAvx512Vnni, cpu.avx512_vnni, 1});
   levels.push_back({"avx_vnni", &ocsquant::kAvxVnni, cpu.avx_vnni, 1});
   levels.push_back({"avx2", &ocsquant::kAvx2, cpu.avx2, 1});
@@ -62,6 +70,7 @@ std::vector<Level> all_levels(size_t& selectable) {
   levels.push_back({"avx512vl_vnni", &ocsquant::kAvx512VlVnni, cpu.avx512vl_vnni, 1});
 #if defined(OCSQ_TEST_EMULATED)
   levels.push_back({"avx512_vnni (emulated)", &ocsquant::kAvx512VnniEmulated, cpu.avx2, 4});
+  levels.push_back({"amx_int8 (emulated)", &ocsquant::kAmxInt8Emulated, cpu.avx2, 4});
   levels.push_back({"avx512vl_vnni (emulated)", &ocsquant::kAvx512VlVnniEmulated, cpu.avx2, 4});
 #endif
 #endif

@@ -7,6 +7,8 @@
 #include <simde/x86/avx512.h>
 
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 // The compiler has its own 512-bit types, of another kind than SIMDe's.
 #define __m512 simde__m512
@@ -94,8 +96,52 @@ inline simde__m512 load_some(simde__m512 rest, simde__mmask16 mask, const float*
   return simde__m512_from_private(out);
 }
 
+// AMX: eight tiles of 16 rows of 64 bytes, as the kernels configure them.
+struct Tiles {
+  uint8_t bytes[8][16][64];
+  bool configured = false;
+};
+inline thread_local Tiles g_tiles;
+
+inline uint8_t (*tile(int t))[64] {
+  if (!g_tiles.configured) std::abort();
+  return g_tiles.bytes[t];
+}
+
+inline void load_tile(int t, const void* from, int64_t pitch) {
+  for (int i = 0; i < 16; ++i) std::memcpy(tile(t)[i], static_cast<const uint8_t*>(from) + i * pitch, 64);
+}
+
+inline void store_tile(int t, void* to, int64_t pitch) {
+  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint8_t*>(to) + i * pitch, tile(t)[i], 64);
+}
+
+inline void add_products(int t, int a, int b) {
+  for (int m = 0; m < 16; ++m) {
+    uint32_t sums[16];
+    std::memcpy(sums, tile(t)[m], 64);
+    for (int k = 0; k < 64; ++k) {
+      const int x = static_cast<int8_t>(tile(a)[m][k]);
+      for (int n = 0; n < 16; ++n) sums[n] += static_cast<uint32_t>(x * tile(b)[k / 4][4 * n + k % 4]);
+    }
+    std::memcpy(tile(t)[m], sums, 64);
+  }
+}
+
 }  // namespace shim
 
+#undef _tile_loadconfig
+#undef _tile_release
+#undef _tile_zero
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_dpbsud
+#define _tile_loadconfig(config) (shim::g_tiles.configured = *reinterpret_cast<const uint8_t*>(config) == 1)
+#define _tile_release() (shim::g_tiles = {})
+#define _tile_zero(t) std::memset(shim::tile(t), 0, sizeof(shim::g_tiles.bytes[t]))
+#define _tile_loadd shim::load_tile
+#define _tile_stored shim::store_tile
+#define _tile_dpbsud shim::add_products
 #define _mm512_cvtepi32_ps shim::to_float
 #define _mm512_mask_loadu_ps shim::load_some
 #define _mm512_cvtps_epi32 shim::to_int
