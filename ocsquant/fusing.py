@@ -17,6 +17,7 @@ from ocsquant.inputs import change_of, output_of
 from ocsquant.nn import FusedNonlinearity, QuantizedLinear, SharedInput
 from ocsquant.nn.fused import nonlinearity_of
 from ocsquant.nn.shared import form
+from ocsquant.nn.sums import LATER, NEXT
 from ocsquant.planning import Target
 from ocsquant.transaction import Change, hooked, set_attribute, temporarily
 from ocsquant.tying import Built
@@ -43,24 +44,25 @@ def fuse_nonlinearities(model: nn.Module, targets: list[Target], folded: Collect
         after = follower(holder, name, id(target.module) in folded)
         if after is None:
             continue
-        if after.adds and type(target.module) is not nn.Conv2d:
+        if after.adds is not None and type(target.module) is not nn.Conv2d:
             continue
-        place_of_next, alone = after.place, after.alone
+        place_of_next = after.place
         found = placed(holder, place_of_next)
         nonlinearity = nonlinearity_of(found)
         if nonlinearity is None or (isinstance(found, nn.Module) and hooked(found)):
             continue
-        if not alone and nonlinearity not in IDEMPOTENT:
+        if after.places > 1 and nonlinearity not in IDEMPOTENT:
             continue
         target.nonlinearity, target.adds = nonlinearity, after.adds
-        target.notes.append(f"computes the {'sum and the ' * after.adds}{nonlinearity} that follows")
+        summed = "sum and the " if after.adds is not None else ""
+        target.notes.append(f"computes the {summed}{nonlinearity} that follows")
         key = (id(holder), place_of_next)
-        if key in made:
-            made[key].layers += 1
-            continue
-        earlier = found.layers if isinstance(found, FusedNonlinearity) else 0
-        made[key] = FusedNonlinearity(nonlinearity, earlier + 1, not alone, getattr(found, "inplace", False))
-        changes.append(replace(holder, place_of_next, made[key]))
+        if key not in made:
+            earlier = found.layers if isinstance(found, FusedNonlinearity) else 0
+            made[key] = FusedNonlinearity(nonlinearity, earlier, inplace=getattr(found, "inplace", False))
+            changes.append(replace(holder, place_of_next, made[key]))
+        made[key].layers += 1
+        made[key].called_elsewhere = after.places > made[key].layers
     return changes
 
 
@@ -122,13 +124,13 @@ def replace(holder: nn.Module, name: str, new: FusedNonlinearity) -> Change:
 
 
 class Follower(NamedTuple):
-    """The name of what is called on a child's output, whether it is called nowhere else, and whether something is added
-    to the output before.
+    """The name of what is called on a child's output, in how many places it is called, and when something is added to
+    the output before that, if it is (`sums.NEXT`, `sums.LATER`).
     """
 
     place: str
-    alone: bool
-    adds: bool
+    places: int
+    adds: str | None
 
 
 def follower(holder: nn.Module, name: str, folded: bool) -> Follower | None:
@@ -140,16 +142,16 @@ def follower(holder: nn.Module, name: str, folded: bool) -> Follower | None:
         name = found[0]
         found = _next(holder, name)
     if found is not None:
-        return Follower(*found, False)
+        return Follower(*found, None)
     summed = None if type(holder) is nn.Sequential else source.sums(holder).get(name)
-    return None if summed is None else Follower(*summed, True)
+    return None if summed is None else Follower(*summed[:2], LATER if summed[2] else NEXT)
 
 
-def _next(holder: nn.Module, name: str) -> tuple[str, bool] | None:
+def _next(holder: nn.Module, name: str) -> tuple[str, int] | None:
     if type(holder) is not nn.Sequential:
         return source.calls(holder).get(name)
     after = dict(pairwise(holder._modules)).get(name) if "forward" not in holder.__dict__ else None
-    return None if after is None else (after, True)
+    return None if after is None else (after, 1)
 
 
 def check_fused(model: nn.Module, changes: list[Change], batch: Any) -> None:

@@ -300,8 +300,9 @@ def _place_fused(modules: dict[str, nn.Module], record: dict[str, Any]) -> list[
         holder = modules.get(path) or nn.Identity()
         children = {f"{path}.{name}".lstrip("."): name for name in holder._modules}
         own = {p: s for p in children if _nonlinearity(s := record["layers"].get(p, {})) == kind}
-        after = [(follower(holder, children[p], p in record["folded"]), s.get("adds", False)) for p, s in own.items()]
-        computes = sum(next == (place, not elsewhere, adds) for next, adds in after) == count > 0
+        found = [(follower(holder, children[p], p in record["folded"]), s.get("adds")) for p, s in own.items()]
+        here = [after.places for after, adds in found if after is not None and after[::2] == (place, adds)]
+        computes = len(here) == count > 0 and (max(here) > count) == elsewhere
         if not computes or nonlinearity_of(placed(holder, place)) != kind:
             where = f"{path}.{place}".lstrip(".")
             raise SchemaMismatchError(f"the file has a {kind} at '{where}' that a layer computes, the model has not")

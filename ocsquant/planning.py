@@ -43,7 +43,7 @@ class Target:
     moments: dict[str, Tensor] = field(default_factory=dict)  # of the inputs of each weight, for clip "output"
     hessians: dict[str, Tensor] = field(default_factory=dict)  # the same for rounding "gptq", while it is built
     nonlinearity: str | None = None  # that the layer is to compute too
-    adds: bool = False  # of a sum with something
+    adds: str | None = None  # and that of a sum with something, see `QuantizedConv`
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -25,6 +25,7 @@ from ocsquant.nn import (
 )
 from ocsquant.nn.convolution import SETTINGS as CONVOLUTION_SETTINGS
 from ocsquant.nn.recurrent import SETTINGS, part_names, part_sizes
+from ocsquant.nn.sums import LATER, NEXT
 from ocsquant.ops.nonlinear import NONLINEARITIES
 from ocsquant.suitability import GROUP_STEP
 
@@ -150,8 +151,8 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check.floats("input_shift", shift, (wanted["in_channels"],))
     product = _linear(settings["parts"]["product"], own, check, scaled=inverse is not None)
     adds = settings["adds"]
-    fits = type(adds) is bool and (not adds or (product.nonlinearity is not None and settings["origin"] == "Conv2d"))
-    check(fits, "adds must be true or false, true only for a Conv2d with a nonlinearity")
+    able = product.nonlinearity is not None and settings["origin"] == "Conv2d"
+    check(adds is None or (able and adds in (NEXT, LATER)), f"{settings['origin']} cannot add {adds!r}")
     new = QuantizedConv(old, product, inverse, shift, adds)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
     check(product.input_inverse is None and product.group_size == 0, "its product has input scales or groups")

@@ -26,38 +26,40 @@ SIMPLE = (ast.Assign, ast.AnnAssign, ast.Return, ast.Expr)
 UNCERTAIN = (ast.IfExp, ast.BoolOp, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
-def calls(holder: nn.Module) -> dict[str, tuple[str, bool]]:
+def calls(holder: nn.Module) -> dict[str, tuple[str, int]]:
     """`a` -> `b` for every `self.b(self.a(...))` of a module whose class names `a` nowhere else, and does nothing with
-    itself but read attributes by name; and whether it calls `b` nowhere else. It does nothing with `b` but call it.
+    itself but read attributes by name; and in how many places it calls `b`. It does nothing with `b` but call it.
 
     Also as two statements, one after the other: `h = self.a(...)` and `h = self.b(h)`.
     """
-    return _sound(holder, _pairs)
+    return {a: (b, places) for a, (b, places, _) in _sound(holder, _pairs).items()}
 
 
-def _sound(holder: nn.Module, pairs: Callable[[ast.AST], Iterator[tuple[str, str]]]) -> dict[str, tuple[str, bool]]:
+def sums(holder: nn.Module) -> dict[str, tuple[str, int, bool]]:
+    """`a` -> `b` for every `self.b(self.a(...) + x)` under the conditions of `calls`, in how many places `b` is called,
+    and whether code runs between the call of `a` and the addition that might change what `a` has read.
+
+    Also as statements of a method itself, with others between that go straight on and do not name h:
+    `h = self.a(...)`, `h += x` or `h = h + x`, and `h = self.b(h)`, or it returned.
+    """
+    return _sound(holder, _summed)
+
+
+def _sound(
+    holder: nn.Module, pairs: Callable[[ast.ClassDef], Iterator[tuple[str, str, bool]]]
+) -> dict[str, tuple[str, int, bool]]:
     """Those pairs of a child and what is called on its output that the rest of the code leaves alone."""
     classes = _trees(holder)
     # What torch's own transformer layers read by other ways than names is not what they call.
     if any(_hides_reads(tree) for cls, tree in classes.items() if not cls.__module__.startswith("torch.")):
         return {}
     trees = list(classes.values())
-    found = dict(pair for tree in trees for pair in pairs(tree))
+    found = {a: (b, later) for tree in trees for a, b, later in pairs(tree)}
     counts = _mentions(trees)
     kept = {name for tree in trees for name in _kept(tree)}
     called = Counter(_called(node) for tree in trees for node in _run(tree))
-    sound = {a: b for a, b in found.items() if counts[a] == 1 and counts[b] == called[b] and a not in kept}
-    return {a: (b, counts[b] == 1) for a, b in sound.items()}
-
-
-def sums(holder: nn.Module) -> dict[str, tuple[str, bool]]:
-    """`a` -> `b` for every `self.b(self.a(...) + x)` under the conditions of `calls`, and whether `b` is called nowhere
-    else.
-
-    Also as statements, with others between that do not name h: `h = self.a(...)`, `h += x` or `h = h + x`, and
-    `h = self.b(h)`, or it returned.
-    """
-    return _sound(holder, _summed)
+    sound = {a: b for a, b in found.items() if counts[a] == 1 and counts[b[0]] == called[b[0]] and a not in kept}
+    return {a: (b, counts[b], later) for a, (b, later) in sound.items()}
 
 
 def siblings(holder: nn.Module) -> list[list[str]]:
@@ -194,13 +196,13 @@ def _alone(call: ast.AST) -> ast.AST | None:
     return call.args[0] if len(call.args) == 1 and not call.keywords else None
 
 
-def _pairs(tree: ast.AST) -> Iterator[tuple[str, str]]:
+def _pairs(tree: ast.ClassDef) -> Iterator[tuple[str, str, bool]]:
     for node in _run(tree):
         b = _called(node)
         if b is not None and (inner := _alone(node)) is not None and (a := _called(inner)) is not None:
-            yield a, b
+            yield a, b, False
     for block in _blocks(tree):
-        yield from _in_turn(block)
+        yield from ((a, b, False) for a, b in _in_turn(block))
 
 
 def _in_turn(block: list[ast.stmt]) -> Iterator[tuple[str, str]]:
@@ -214,44 +216,90 @@ def _in_turn(block: list[ast.stmt]) -> Iterator[tuple[str, str]]:
             yield a[1], b[1]
 
 
-def _summed(tree: ast.AST) -> Iterator[tuple[str, str]]:
+def _summed(tree: ast.ClassDef) -> Iterator[tuple[str, str, bool]]:
     """One child for each sum: of two, either would wait for the other."""
-    found: dict[int, tuple[str, str]] = {}
+    found: dict[int, tuple[str, str, bool]] = {}
     for node in _run(tree):
         b = _called(node)
         sides = _sides(_alone(node)) if b is not None else None
-        a = next((a for side in sides or () if (a := _called(side)) is not None), None)
-        if a is not None and b is not None:
-            found.setdefault(id(node), (a, b))
-    for block in _blocks(tree):
-        for i, statement in enumerate(block):
+        if b is None or sides is None:
+            continue
+        left, right = map(_called, sides)
+        if left is not None:
+            found[id(node)] = left, b, not _quiet(sides[1])
+        elif right is not None:  # evaluated last
+            found[id(node)] = right, b, False
+    for method in tree.body:
+        if not isinstance(method, ast.FunctionDef) or method.name in SETUP:
+            continue
+        for i, statement in enumerate(method.body):
             first = _assigned(statement)
-            call = _passes(first[0], block[i + 1 :]) if first is not None else None
-            if first is not None and (b := _called(call)) is not None:
-                found.setdefault(id(call), (first[1], b))
+            if first is None or _escapes(first[0], method):
+                continue
+            call, later = _passes(first[0], method.body[i + 1 :])
+            if (b := _called(call)) is not None:
+                found.setdefault(id(call), (first[1], b, later))
     yield from found.values()
 
 
-def _passes(h: str, block: list[ast.stmt]) -> ast.AST | None:
-    """The call, where the statements that name h add something to it once and hand it to self.b(), in its own place."""
-    added = False
-    for statement in (s for s in block if _mentioned(s, h)):
+def _passes(h: str, block: list[ast.stmt]) -> tuple[ast.AST | None, bool]:
+    """The call, where the statements that name h add something to it once and hand it to self.b(), in its own place;
+    and whether other code runs before the addition.
+    """
+    added = later = False
+    for statement in block:
+        if not _mentioned(statement, h):
+            if not _straight(statement):
+                break
+            later |= not added and not (isinstance(statement, ast.Assign) and _quiet(statement.value))
+            continue
         value, b = getattr(statement, "value", None), _called(getattr(statement, "value", None))
         into = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
         stored = len(into) == 1 and isinstance(into[0], ast.Name) and into[0].id == h
-        if not (stored or isinstance(statement, ast.Return)) or not isinstance(value, ast.expr):
-            return None
-        if b is not None:
-            argument = _alone(value)
-            whole = _adds(argument, h) if not added else isinstance(argument, ast.Name) and argument.id == h
-            return value if whole and not isinstance(statement, ast.AugAssign) else None
-        if added or isinstance(statement, ast.Return):
-            return None
-        more = isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add) and not _mentioned(value, h)
-        if not (more or (isinstance(statement, ast.Assign) and _adds(value, h))):
-            return None
+        returned, more = isinstance(statement, ast.Return), isinstance(statement, ast.AugAssign)
+        if not (stored or returned) or not isinstance(value, ast.expr):
+            break
+        whole = _alone(value) if b is not None else value
+        if b is not None and added:
+            return (value, later) if isinstance(whole, ast.Name) and whole.id == h and not more else (None, later)
+        if isinstance(statement, ast.AugAssign):
+            other = value if isinstance(statement.op, ast.Add) and not _mentioned(value, h) else None
+        else:
+            other = _other(whole, h)
+        if added or other is None:
+            break
+        later |= not _quiet(other)
+        if b is not None and not more:
+            return value, later
+        if returned:
+            break
         added = True
-    return None
+    return None, later
+
+
+def _escapes(h: str, method: ast.FunctionDef) -> bool:
+    """Whether more than the statements of a method, in their order, may see its variable."""
+    for node in ast.walk(method):
+        if isinstance(node, (ast.Yield, ast.YieldFrom)):
+            return True
+        if isinstance(node, (ast.Global, ast.Nonlocal)) and h in node.names:
+            return True
+        inner = isinstance(node, (*METHODS, ast.Lambda, ast.ClassDef)) and node is not method
+        if inner and _mentioned(node, h):
+            return True
+    return False
+
+
+def _straight(statement: ast.stmt) -> bool:
+    """Whether what follows it comes next, unless it raises."""
+    if isinstance(statement, ast.If):
+        return all(map(_straight, (*statement.body, *statement.orelse)))
+    return isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Pass))
+
+
+def _quiet(node: ast.AST) -> bool:
+    """Whether evaluating it changes nothing."""
+    return all(isinstance(n, (ast.Name, ast.Attribute, ast.Constant, ast.expr_context)) for n in ast.walk(node))
 
 
 def _sides(node: ast.AST | None) -> tuple[ast.expr, ast.expr] | None:
@@ -259,12 +307,11 @@ def _sides(node: ast.AST | None) -> tuple[ast.expr, ast.expr] | None:
     return (node.left, node.right) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) else None
 
 
-def _adds(node: ast.AST | None, h: str) -> bool:
-    """Whether it is h + x or x + h, and x does not name h."""
-    if (sides := _sides(node)) is None:
-        return False
-    alone = [isinstance(side, ast.Name) and side.id == h for side in sides]
-    return sum(alone) == 1 and not _mentioned(sides[alone.index(False)], h)
+def _other(node: ast.AST | None, h: str) -> ast.expr | None:
+    """x, of h + x or x + h, where x does not name h."""
+    sides = _sides(node) or ()
+    others = [side for side in sides if not (isinstance(side, ast.Name) and side.id == h)]
+    return others[0] if len(others) == 1 and not _mentioned(others[0], h) else None
 
 
 def _mentioned(node: ast.AST, h: str) -> bool:

@@ -72,7 +72,7 @@ def places(model):
     }
 
 
-CASES = {"block": (Block, {"relu": (3, True)}), "sequential": (sequential, {"2": (1, False), "4": (1, False)})}
+CASES = {"block": (Block, {"relu": (3, False)}), "sequential": (sequential, {"2": (1, False), "4": (1, False)})}
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -185,10 +185,10 @@ def test_a_file_wants_the_places_it_was_written_for(tmp_path):
 
 
 def test_which_names_are_called_elsewhere():
-    assert calls(Block())["conv1"] == ("bn1", True)
-    assert calls(Block())["bn2"] == ("relu", False)
+    assert calls(Block())["conv1"] == ("bn1", 1)
+    assert calls(Block())["bn2"] == ("relu", 3)
     assert "bn3" not in calls(Block())
-    assert sums(Block()) == {"bn3": ("relu", False)}
+    assert sums(Block()) == {"bn3": ("relu", 3, False)}
 
 
 def test_a_hook_between_is_refused_or_seen():

@@ -222,9 +222,10 @@ void run_patches(const Convolution& c) {
   multiply_blocks(c, {first, plane, step}, std::min(most * s.kernel_h * s.kernel_w, s.depth()), fill_patches);
 }
 
-// Of the strides of y.
+// As the kernels add it to y: with its strides, and whole floats away.
 Tensor as_laid_out(const Tensor& t, const Tensor& y, bool channels_last) {
-  if (channels_last ? is_channels_last(t) : t.is_contiguous()) return t;
+  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % alignof(float) == 0;
+  if (aligned && (channels_last ? is_channels_last(t) : t.is_contiguous())) return t;
   Tensor same = channels_last ? empty_cpu(sizes_of(y), ScalarType::Float, {0, 2, 3, 1})
                               : empty_cpu(sizes_of(y), ScalarType::Float);
   return torch::stable::copy_(same, t);

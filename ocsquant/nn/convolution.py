@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from ocsquant import ops
 from ocsquant.errors import ArgumentError
-from ocsquant.nn.fused import applied, fuses
+from ocsquant.nn.fused import applied, fuses, version
 from ocsquant.nn.linear import FLOATS, QuantizedLinear
 from ocsquant.nn.quantized import Quantized
-from ocsquant.nn.sums import PendingSum
+from ocsquant.nn.sums import LATER, PendingSum
 
 SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -27,8 +27,9 @@ class QuantizedConv(Quantized):
     contiguous or channels last (which is faster). With calibrated inputs `input_inverse` and `input_shift`, float32
     [in_channels] or None, are what a channel is multiplied with after it was shifted; their part of the output is in
     the weight and bias of `product`. With a nonlinearity of `product` the output is what that makes of it, as of a
-    `QuantizedLinear`; if it `adds`, of its sum with a tensor that the code around it adds to the output, which is a
-    `PendingSum` until then. Takes float32, bfloat16, float16 or float64; returns the same dtype.
+    `QuantizedLinear`; if it `adds` (`sums.NEXT`, `sums.LATER`), of its sum with a tensor that the code around it adds
+    to the output, which is a `PendingSum` until then. Takes float32, bfloat16, float16 or float64; returns the same
+    dtype.
     """
 
     kernel = "quantized_conv2d"
@@ -43,7 +44,7 @@ class QuantizedConv(Quantized):
         product: QuantizedLinear,
         input_inverse: Tensor | None = None,
         input_shift: Tensor | None = None,
-        adds: bool = False,
+        adds: str | None = None,
     ) -> None:
         """like: a module (or anything else) with the attributes `SETTINGS`."""
         super().__init__()
@@ -123,7 +124,7 @@ class QuantizedConv(Quantized):
         kind = self.product.nonlinearity
         if kind is None or self._forward_hooks or not fuses():
             return self._integer(input)
-        return self._pending(input, kind) if self.adds else applied(self._integer(input, kind), kind)
+        return self._pending(input, kind) if self.adds is not None else applied(self._integer(input, kind), kind)
 
     def _pending(self, input: Tensor, kind: str) -> PendingSum:
         sizes = None
@@ -132,10 +133,18 @@ class QuantizedConv(Quantized):
             inside = ((size + 2 * z - d * (k - 1) - 1) // s + 1 for size, k, s, z, d in windows)
             sizes = (input.shape[0], self.out_channels, *inside)
 
+        before = version(input)
+
         def convolution(residual: Tensor | None) -> Tensor:
+            if version(input) != before:
+                got = "one that was changed before something was added to the output: quantize with fuse=False"
+                raise ArgumentError("input", "the tensor that the convolution was called with", got)
             return self._integer(input, "none" if residual is None else kind, residual)
 
-        return PendingSum(convolution, sizes, kind)
+        pending = PendingSum(convolution, sizes, kind)
+        if before is None and self.adds == LATER:
+            pending.output()  # now: nobody counts what is written into tensors of inference mode
+        return pending
 
     def _integer(self, input: Tensor, nonlinearity: str = "none", residual: Tensor | None = None) -> Tensor:
         dims, p = len(self.kernel_size), self.product

@@ -58,11 +58,12 @@ class FusedNonlinearity(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self._alone(input)
-        if getattr(input, APPLIED, None) == (self.nonlinearity, version(input)):
-            if self.called_elsewhere:
-                delattr(input, APPLIED)  # once: a second call on this tensor has to give another one
+        mark = getattr(input, APPLIED, None)
+        if mark is not None:
+            delattr(input, APPLIED)  # a second call on this tensor has to give another one
+        if mark is not None and mark == (self.nonlinearity, version(input)):
             return input
-        if not fuses() or self.called_elsewhere:
+        if not fuses() or (self.called_elsewhere and mark is None):
             return self._alone(input)
         expected = f"the output of the quantized layer that computes this {self.nonlinearity}, as it left it"
         got = "another tensor: where something comes between (an adapter, a hook), quantize with fuse=False"

@@ -12,17 +12,23 @@ from torch.utils._pytree import tree_map
 from ocsquant.nn.fused import applied
 from ocsquant.ops.nonlinear import NONLINEARITIES
 
-ADDITIONS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+# When the code adds to a convolution's output: at once, or after other code that might change what it has read.
+NEXT, LATER = "next", "later"
+# Of a tensor, looked up in the class.
+UNARY = ("neg", "pos", "abs", "invert", "len", "iter", "bool", "float", "int", "index", "complex")
+BINARY = ("sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+OTHERS = ("lt", "le", "eq", "ne", "gt", "ge", "getitem", "setitem", "contains")
 
 
 class PendingSum:
-    """Stands for what a convolution gives until something is added to it, which `convolution` then does itself.
+    """Stands for a convolution's output until code adds a tensor to it with + or +=, which the convolution does itself.
 
-    The sum is a tensor that has passed the nonlinearity, and tells the `FusedNonlinearity` it is for. Whatever else
-    is done to this object is done to the convolution's own output, from then on a tensor like any other.
+    That sum has passed the nonlinearity and is marked so for the `FusedNonlinearity` behind it. It is computed in one
+    with the convolution where it is one of float32 tensors of `sizes`. Whatever else is done to this object is done to
+    the convolution's own output, from then on a tensor like any other.
 
     convolution: called with a residual it gives the nonlinearity of the sum, called with None its output alone.
-    sizes: of the float32 residuals that it takes; None if it takes none.
+    sizes: of the residuals that it takes; None if it takes none.
     """
 
     def __init__(
@@ -37,21 +43,31 @@ class PendingSum:
             self._alone = self._convolution(None)
         return self._alone
 
-    def __add__(self, other: Any) -> Any:
-        if isinstance(other, PendingSum):
-            other = other.output()
+    def _whole(self, other: Any) -> bool:
+        """Whether the convolution can add it."""
         plain = isinstance(other, Tensor) and other.dtype == torch.float32 and tuple(other.shape) == self._sizes
-        if plain and self._alone is None:
+        return plain and self._alone is None
+
+    def __add__(self, other: Any) -> Tensor:
+        other = other.output() if isinstance(other, PendingSum) else other
+        if self._whole(other):
             return applied(self._convolution(other), self._nonlinearity)
         return applied(NONLINEARITIES[self._nonlinearity](self.output() + other), self._nonlinearity)
 
-    __radd__ = __iadd__ = __add__
+    __radd__ = __add__
+
+    def __iadd__(self, other: Any) -> Tensor:
+        other = other.output() if isinstance(other, PendingSum) else other
+        if self._whole(other):
+            return applied(self._convolution(other), self._nonlinearity)
+        total = self.output()
+        total += other  # of its dtype and sizes, whatever the other's are
+        return applied(NONLINEARITIES[self._nonlinearity](total), self._nonlinearity)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in ADDITIONS and len(args) == 2 and not kwargs:
-            first, second = args
-            return first + second if isinstance(first, cls) else second + first
+        if func is Tensor.add and len(args) == 2 and isinstance(args[1], cls) and not kwargs:  # tensor + this
+            return args[1] + args[0]
 
         def tensor(value: Any) -> Any:
             return value.output() if isinstance(value, cls) else value
@@ -62,3 +78,14 @@ class PendingSum:
         if name in ("_convolution", "_sizes", "_nonlinearity", "_alone"):  # not there yet, as in a copy
             raise AttributeError(name)
         return getattr(self.output(), name)
+
+    __hash__ = object.__hash__
+
+
+def _of_output(name: str) -> Callable[..., Any]:
+    return lambda self, *args: getattr(self.output(), name)(*args)
+
+
+for _name in (*UNARY, *OTHERS, *(f"{kind}{name}" for name in BINARY for kind in ("", "r", "i"))):
+    if hasattr(Tensor, f"__{_name}__"):
+        setattr(PendingSum, f"__{_name}__", _of_output(f"__{_name}__"))
