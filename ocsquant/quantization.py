@@ -61,13 +61,13 @@ def quantize(
             the model on it, as it is called then and without gradients, shows that the BatchNorm alone reads what the
             convolution gives; the folded model has to give the same output on it.
         fuse: True lets an integer linear layer or convolution (with the BatchNorm that is folded into it) compute the
-            ReLU, GELU, SiLU, sigmoid or tanh that follows it, where the code of the class that holds both shows that
-            nothing else there reads its output (nn.Sequential, MLPs of transformers and torch.nn, residual blocks,
-            classes written like them), and linear layers that the code calls with the same tensor one after the other
-            (query, key and value; gate and up) quantize it once. A batch (as of `calibration`) also runs the quantized
-            model on it, fused and not: both have to give the same. Without gradients and outside torch.compile only;
-            the report names the layers. Not for models that get adapters or forward hooks on them, or whose layers are
-            called one by one from outside.
+            ReLU, GELU, SiLU, sigmoid or tanh that follows it, a Conv2d also the sum with a residual before that, where
+            the code of the class that holds both shows that nothing else there reads its output (nn.Sequential, MLPs of
+            transformers and torch.nn, residual blocks, classes written like them), and linear layers that the code
+            calls with the same tensor one after the other (query, key and value; gate and up) quantize it once. A batch
+            (as of `calibration`) also runs the quantized model on it, fused and not: both have to give the same.
+            Without gradients and outside torch.compile only; the report names the layers. Not for models that get
+            adapters or forward hooks on them, or whose layers are called one by one from outside.
         progress: show a progress bar (needs tqdm); None shows it on a terminal for long work and for calibration.
 
     Raises:
