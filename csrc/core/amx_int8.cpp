@@ -75,23 +75,34 @@ struct AmxTile : Tile {
 
   static constexpr int64_t kSumsPitch = kPanel * sizeof(int32_t);
 
+  // Tiles 0 to 3.
+  static OCSQ_INLINE void load_sums(bool zero, const int32_t* a, const int32_t* b, const int32_t* c, const int32_t* d) {
+    if (zero) {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    } else {
+      _tile_loadd(0, a, kSumsPitch);
+      _tile_loadd(1, b, kSumsPitch);
+      _tile_loadd(2, c, kSumsPitch);
+      _tile_loadd(3, d, kSumsPitch);
+    }
+  }
+  static OCSQ_INLINE void store_sums(int32_t* a, int32_t* b, int32_t* c, int32_t* d) {
+    _tile_stored(0, a, kSumsPitch);
+    _tile_stored(1, b, kSumsPitch);
+    _tile_stored(2, c, kSumsPitch);
+    _tile_stored(3, d, kSumsPitch);
+  }
+
   // 32 rows: two times 32 columns, each loaded tile for two products.
   static __attribute__((noinline)) void two(const uint8_t* codes, int64_t pitch, const Block& block, int64_t groups,
                                             int32_t* sums) {
     written();
     for (int64_t j = 0; j < block.width; j += 32) {
       int32_t *upper = sums + j, *lower = upper + kTileRows * kPanel;
-      if (block.first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-      } else {
-        _tile_loadd(0, upper, kSumsPitch);
-        _tile_loadd(1, upper + 16, kSumsPitch);
-        _tile_loadd(2, lower, kSumsPitch);
-        _tile_loadd(3, lower + 16, kSumsPitch);
-      }
+      load_sums(block.first, upper, upper + 16, lower, lower + 16);
       for (int64_t g = 0; g < groups; g += kTileGroups) {
         const uint8_t *a = codes + g * kGroup, *b = block.weights + g * kGroupBytes + j * kGroup;
         _tile_loadd(4, a, pitch);
@@ -103,10 +114,7 @@ struct AmxTile : Tile {
         _tile_dpbsud(2, 5, 6);
         _tile_dpbsud(3, 5, 7);
       }
-      _tile_stored(0, upper, kSumsPitch);
-      _tile_stored(1, upper + 16, kSumsPitch);
-      _tile_stored(2, lower, kSumsPitch);
-      _tile_stored(3, lower + 16, kSumsPitch);
+      store_sums(upper, upper + 16, lower, lower + 16);
     }
     written();
   }
@@ -115,17 +123,7 @@ struct AmxTile : Tile {
   static __attribute__((noinline)) void one(const uint8_t* codes, int64_t pitch, const Block& block, int64_t groups,
                                             int32_t* sums) {
     written();
-    if (block.first) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      _tile_loadd(0, sums, kSumsPitch);
-      _tile_loadd(1, sums + 16, kSumsPitch);
-      _tile_loadd(2, sums + 32, kSumsPitch);
-      _tile_loadd(3, sums + 48, kSumsPitch);
-    }
+    load_sums(block.first, sums, sums + 16, sums + 32, sums + 48);
     for (int64_t g = 0; g < groups; g += kTileGroups) {
       const uint8_t* b = block.weights + g * kGroupBytes;
       _tile_loadd(4, codes + g * kGroup, pitch);
@@ -138,10 +136,7 @@ struct AmxTile : Tile {
       _tile_dpbsud(2, 4, 7);
       _tile_dpbsud(3, 4, 5);
     }
-    _tile_stored(0, sums, kSumsPitch);
-    _tile_stored(1, sums + 16, kSumsPitch);
-    _tile_stored(2, sums + 32, kSumsPitch);
-    _tile_stored(3, sums + 48, kSumsPitch);
+    store_sums(sums, sums + 16, sums + 32, sums + 48);
     written();
   }
 };
