@@ -33,6 +33,7 @@ SHAPES = (
     (512, 2048, 7, 1, 1),
     (16, 32, 56, 3, 1),
     (32, 32, 28, 3, 1),
+    (3, 64, 224, 7, 2),
 )
 # Convolutions in groups, in three dimensions, and of a speech encoder's positions; the input each is measured on.
 OTHERS: tuple[tuple[str, nn.Module, tuple[int, ...]], ...] = (
@@ -40,6 +41,7 @@ OTHERS: tuple[tuple[str, nn.Module, tuple[int, ...]], ...] = (
     ("512 in 16 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=16), (512, 14, 14)),
     ("512 in 32 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=32), (512, 14, 14)),
     ("768 in 16 groups, 500 steps, kernel 128", nn.Conv1d(768, 768, 128, padding=64, groups=16), (768, 500)),
+    ("3 -> 768, 224 x 224, kernel 16, stride 16", nn.Conv2d(3, 768, 16, 16), (3, 224, 224)),
     ("64 -> 64, 8 x 28 x 28, kernel 3", nn.Conv3d(64, 64, 3, padding=1), (64, 8, 28, 28)),
     ("256 -> 256, 4 x 14 x 14, kernel 3", nn.Conv3d(256, 256, 3, padding=1), (256, 4, 14, 14)),
     ("256 -> 256, 8 x 14 x 14, kernel 3 x 1 x 1", nn.Conv3d(256, 256, (3, 1, 1), padding=(1, 0, 0)), (256, 8, 14, 14)),

@@ -2,8 +2,8 @@
 
 FX needs calibration and keeps uint8 between its layers; ours needs no data and takes and gives float32. "folded" is
 fold_batchnorm=the image; of the float network, torch.fx.experimental.optimization.fuse does the same. "fused" computes
-the ReLUs that follow convolutions in them, "static" takes the range of inputs from calibration. Large outputs in
-float32 make the time depend on the memory that other models have left behind: --alone shows it without.
+the residuals and ReLUs that follow convolutions in them, "static" takes the range of inputs from calibration. Large
+outputs in float32 make the time depend on the memory that other models have left behind: --alone shows it without.
 """
 
 from __future__ import annotations

@@ -319,6 +319,11 @@ def test_what_has_no_kernel_says_so(module, recipe, reason):
         ocsquant.quantize(module, recipe, calibration=[torch.randn(2, module.in_channels, 6, 6)])
 
 
+def test_few_channels_of_many_weights_run_in_integers_where_products_are_fast():
+    model = ocsquant.quantize(nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.Linear(512, 512)))
+    assert isinstance(model[0], QuantizedConv) == (ops.cpu_isa()[0] not in ("avx2", "scalar"))
+
+
 def test_a_sample_too_large_for_32_bits_is_refused():
     x = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**16, 2**15)  # one value, seen 2^31 times
     packed = pack(torch.ones(1, 1, 3, 3, dtype=torch.int8))
