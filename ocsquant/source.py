@@ -251,7 +251,7 @@ def _passes(h: str, block: list[ast.stmt]) -> tuple[ast.AST | None, bool]:
         if not _mentioned(statement, h):
             if not _straight(statement):
                 break
-            later |= not added and not (isinstance(statement, ast.Assign) and _quiet(statement.value))
+            later |= not added and not _names_only(statement)
             continue
         value, b = getattr(statement, "value", None), _called(getattr(statement, "value", None))
         into = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
@@ -295,6 +295,13 @@ def _straight(statement: ast.stmt) -> bool:
     if isinstance(statement, ast.If):
         return all(map(_straight, (*statement.body, *statement.orelse)))
     return isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Pass))
+
+
+def _names_only(statement: ast.stmt) -> bool:
+    """Whether it gives a name to what another has."""
+    if not isinstance(statement, ast.Assign):
+        return False
+    return all(isinstance(target, ast.Name) for target in statement.targets) and _quiet(statement.value)
 
 
 def _quiet(node: ast.AST) -> bool:

@@ -281,9 +281,30 @@ class ChangesInput(Residual):
         return self.act(self.conv(x) + self.pre(x))
 
 
-def test_an_input_that_changes_before_the_sum_is_refused():
+class StoresIntoIt(Residual):
+    def forward(self, x):
+        h = self.conv(x)
+        x[0] = 2.0
+        h += x
+        return self.act(h)
+
+
+class NamesIt(Residual):
+    def forward(self, x):
+        h = self.conv(x)
+        y = x
+        h += y
+        return self.act(h)
+
+
+def test_giving_a_name_runs_no_code():
+    assert sums(NamesIt()) == {"conv": ("act", 1, False)}
+
+
+@pytest.mark.parametrize("cls", [ChangesInput, StoresIntoIt])
+def test_an_input_that_changes_before_the_sum_is_refused(cls):
     torch.manual_seed(0)
-    model, x = ChangesInput().eval(), torch.randn(2, 64, 7, 6)
+    model, x = cls().eval(), torch.randn(2, 64, 7, 6)
     plain, made = quantize(copy.deepcopy(model)), quantize(copy.deepcopy(model), fuse=True)
     assert made.conv.adds == LATER
     with torch.no_grad(), pytest.raises(ocsquant.ArgumentError, match="changed before"):
