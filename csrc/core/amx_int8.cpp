@@ -167,10 +167,14 @@ OCSQ_TARGET_END
 namespace ocsquant {
 namespace {
 
+// Constants: at run time, on a CPU without AVX-512 too, nothing of the target region may run.
+constexpr LinearKernels kAmxLinear = amx_linear_kernels();
+constexpr ConvolutionKernels kAmxConvolution = convolution_kernels<AmxTile>();
+
 Kernels with_amx(Kernels made) {
   made.isa = "amx_int8";
-  made.linear = amx_linear_kernels();
-  made.convolution = convolution_kernels<AmxTile>();
+  made.linear = kAmxLinear;
+  made.convolution = kAmxConvolution;
   return made;
 }
 
