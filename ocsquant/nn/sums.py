@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -43,26 +44,21 @@ class PendingSum:
             self._alone = self._convolution(None)
         return self._alone
 
-    def _whole(self, other: Any) -> bool:
-        """Whether the convolution can add it."""
+    def _sum(self, other: Any, add: Callable[[Tensor, Any], Tensor]) -> Tensor:
+        """By the convolution where it can add that, else by `add` to its output."""
+        other = other.output() if isinstance(other, PendingSum) else other
         plain = isinstance(other, Tensor) and other.dtype == torch.float32 and tuple(other.shape) == self._sizes
-        return plain and self._alone is None
+        if plain and self._alone is None:
+            return applied(self._convolution(other), self._nonlinearity)
+        return applied(NONLINEARITIES[self._nonlinearity](add(self.output(), other)), self._nonlinearity)
 
     def __add__(self, other: Any) -> Tensor:
-        other = other.output() if isinstance(other, PendingSum) else other
-        if self._whole(other):
-            return applied(self._convolution(other), self._nonlinearity)
-        return applied(NONLINEARITIES[self._nonlinearity](self.output() + other), self._nonlinearity)
+        return self._sum(other, operator.add)
 
     __radd__ = __add__
 
     def __iadd__(self, other: Any) -> Tensor:
-        other = other.output() if isinstance(other, PendingSum) else other
-        if self._whole(other):
-            return applied(self._convolution(other), self._nonlinearity)
-        total = self.output()
-        total += other  # of its dtype and sizes, whatever the other's are
-        return applied(NONLINEARITIES[self._nonlinearity](total), self._nonlinearity)
+        return self._sum(other, operator.iadd)  # of the output's dtype and sizes, whatever the other's are
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
