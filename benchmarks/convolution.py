@@ -62,9 +62,13 @@ def layers(short: bool) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
     yield from OTHERS[:1] if short else OTHERS
 
 
-def layer_rows(short: bool, repetitions: int) -> Iterator[list[Any]]:
+def layer_rows(short: bool, repetitions: int, scheme: str) -> Iterator[list[Any]]:
     for name, layer, shape in layers(short):
-        ours = ocsquant.quantize(copy.deepcopy(layer), overrides={"": "W8A8"})
+        try:
+            ours = ocsquant.quantize(copy.deepcopy(layer), overrides={"": scheme})
+        except ocsquant.NothingToQuantizeError as error:
+            print(f"skipped {name}: {error}")
+            continue
         cells = []
         for layout in LAYOUTS:
             x = torch.randn(1, *shape).relu()
@@ -103,9 +107,11 @@ def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
 
 
 def main() -> None:
-    args = measure.parser(__doc__).parse_args()
+    options = measure.parser(__doc__)
+    options.add_argument("--scheme", choices=("W8A8", "W4A8"), default="W8A8", help="of the layers (default W8A8)")
+    args = options.parse_args()
     repetitions, head = measure.start(args)
-    rows = list(layer_rows(args.short, repetitions))
+    rows = list(layer_rows(args.short, repetitions, args.scheme))
     titles = [title for layout in LAYOUTS for title in (f"fp32 us, {layout}", "ours us", "fp32 / ours")]
     text = measure.table(["one sample", *titles], rows)
     network = network_rows(args.short, repetitions)

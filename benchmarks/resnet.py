@@ -113,7 +113,7 @@ def main() -> None:
     with torch.no_grad():
         expected = model(x)
         if args.alone:
-            models = {name: models[name] for name in ("float32", "ocsquant, channels last, folded")}
+            models = {name: models[name] for name in ("float32", list(models)[-1])}
         else:
             models |= {f"FX {engine}": (fx_peer(model, engine, x), x, engine) for engine in measure.engines()}
 

@@ -37,7 +37,6 @@ from ocsquant.nn import (
     StoredWeight,
     form_of,
 )
-from ocsquant.nn.convolution import product_columns
 from ocsquant.nn.recurrent import part_names, recurrent_form
 from ocsquant.planning import Plan, Target
 from ocsquant.reporting import ATTRIBUTE, Layer, found
@@ -100,7 +99,9 @@ def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPla
     quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in parts]
     layer = _describe(target, parts, quantized)
     if integer:
-        made = _build_integer(module, {m.name: q for (m, _), q in zip(parts, quantized, strict=True)}, target)
+        columns = target.kind == "conv" and recipe.activations is not None
+        weights = (_ordered(m, q) if columns else q for (m, _), q in zip(parts, quantized, strict=True))
+        made = _build_integer(module, dict(zip((m.name for m, _ in parts), weights, strict=True)), target)
         new: nn.Module = made
         layer.kernel, layer.split_channels = made.kernel, made.split_channels
         layer.activation_bits = made.activation_bits
@@ -115,6 +116,14 @@ def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPla
     return new, layer
 
 
+def _ordered(matrix: Matrix, weight: QuantizedWeight) -> QuantizedWeight:
+    """With its columns as the kernels of convolutions have them."""
+    if matrix.positions_first:
+        return weight
+    order = matrix.kernel_order
+    return dataclasses.replace(weight, codes=weight.codes[:, order], ranges=weight.ranges[order])
+
+
 def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], target: Target) -> Quantized:
     activations, transform = target.recipe.activations, target.transform
     if isinstance(module, RECURRENT):
@@ -127,17 +136,12 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
     weight = weights["weight"]
     if target.kind == "conv" and activations is not None:
         conv: Any = module
-        ordered = dataclasses.replace(
-            weight,
-            codes=product_columns(weight.codes, conv.weight.shape),
-            ranges=product_columns(weight.ranges[None], torch.Size((1, *conv.weight.shape[1:])))[0],
-        )
         bias, inverse, shift = conv.bias, None, None
         if isinstance(transform, InputTransform):
             flat = conv.weight.detach().float().reshape(conv.out_channels, -1)
             bias = transform.folded_bias(flat, None if bias is None else bias.detach(), conv.groups)
             inverse, shift = transform.inverse, transform.shift
-        product = QuantizedLinear.from_weight(ordered, bias, activations, nonlinearity=target.nonlinearity)
+        product = QuantizedLinear.from_weight(weight, bias, activations, nonlinearity=target.nonlinearity)
         return QuantizedConv(conv, product, inverse, shift, target.adds)
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]
@@ -155,7 +159,7 @@ def _build_simulated(target: Target, found: list[Matrix], quantized: list[Quanti
     for matrix, weight in zip(found, quantized, strict=True):
         old = module._parameters[matrix.name]
         assert old is not None
-        values = weight.dequantize()
+        values = matrix.in_own_order(weight.dequantize())
         if isinstance(transform, InputTransform):
             values = transform.unfold(values, target.groups)
         values = values.reshape(matrix.shape).to(old.dtype)

@@ -110,7 +110,8 @@ class Weights:
     Args:
         bits: 2..8, or None to split channels without rounding (float arithmetic, for `verify_equivalence`).
         granularity: one scale per "channel" (output), per "tensor", or per "group" of `group_size` inputs of an output.
-        group_size: 8..131072 input channels.
+        group_size: 8..131072 input channels; in a convolution with integer activations columns of
+            [height][width][depth][channels], in other weights neighbours in memory.
         symmetric: codes in -Q..Q around zero; False uses a zero point and all 2^bits codes (per channel or group).
         clip: "none" (largest magnitude), "mse" (least squared error of the weights), "output" (least squared error of
             the outputs, channels weighed by the second moments of their inputs: needs calibration), "aciq" (arXiv

@@ -30,7 +30,9 @@ UNLIMITED = 2**15  # copies written out in float need no tail
 
 @dataclass(frozen=True)
 class Matrix:
-    """One weight of a module, seen as float32 [outputs, channels * positions]."""
+    """One weight of a module, seen as float32 [outputs, channels * positions]; if `positions_first`, its columns in the
+    `kernel_order`.
+    """
 
     name: str
     shape: torch.Size
@@ -39,6 +41,7 @@ class Matrix:
     positions: int
     moments: Tensor | None = None  # float32 [1 or outputs, channels], second ones of its inputs
     hessian: Tensor | None = None  # float32 [columns, columns], of its inputs
+    positions_first: bool = False
 
     @cached_property
     def inverse_factor(self) -> InverseFactor:
@@ -46,19 +49,45 @@ class Matrix:
         assert self.hessian is not None
         return inverse_factor(self.hessian)
 
+    @cached_property
+    def kernel_order(self) -> Tensor:
+        """int64 [columns]: those of the weight, as the integer kernels have them: [height][width][depth][channels]."""
+        depth = self.shape[2] if len(self.shape) == 5 else 1
+        own = torch.arange(self.channels * self.positions)
+        return own.reshape(self.channels, depth, -1).permute(2, 1, 0).flatten()
+
+    def in_kernel_order(self) -> Matrix:
+        """The same with its positions first."""
+        order = self.kernel_order
+        hessian = None if self.hessian is None else self.hessian[order][:, order]
+        return dataclasses.replace(self, values=self.values[:, order], hessian=hessian, positions_first=True)
+
+    def in_own_order(self, columns: Tensor) -> Tensor:
+        """[..., columns] of this matrix's order, as of the weight's own."""
+        return columns[..., self.kernel_order.argsort()] if self.positions_first else columns
+
+    def kernels(self, columns: Tensor) -> Tensor:
+        """[outputs, columns] as [outputs, channels, positions]."""
+        return self.in_own_order(columns).unflatten(1, (self.channels, self.positions))
+
+    def spread(self, channels: Tensor) -> Tensor:
+        """[..., channels] as [..., columns]."""
+        columns = channels.repeat_interleave(self.positions, -1)
+        return columns[..., self.kernel_order] if self.positions_first else columns
+
     def by_channel(self, groups: int) -> Tensor:
         """[outputs * positions / groups, input channels of all groups]: what multiplies each input channel."""
-        parts = self.values.reshape(groups, -1, self.channels, self.positions)
+        parts = self.kernels(self.values).unflatten(0, (groups, -1))
         return parts.permute(1, 3, 0, 2).reshape(-1, groups * self.channels)
 
     def power(self) -> Tensor:
         """The squared norm, of the outputs where the moments of the inputs are known."""
-        square = self.values.square().reshape(self.values.shape[0], self.channels, self.positions).sum(-1)
+        square = self.kernels(self.values.square()).sum(-1)
         return (square if self.moments is None else square * self.moments).sum()
 
     def magnitude(self) -> Tensor:
         """[outputs, channels]: the largest |w| over a kernel's positions."""
-        return self.values.abs().reshape(self.values.shape[0], self.channels, self.positions).amax(-1)
+        return self.kernels(self.values.abs()).amax(-1)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -145,25 +174,26 @@ def quantize_matrix(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None
     grid, rounding = _nearest(matrix, weights, plan), weights.rounded_by(image=len(matrix.shape) > 3)
     if rounding == "gptq" and matrix.hessian is not None:
         return gptq(matrix.values, grid, matrix.inverse_factor)
-    return squant(matrix.values, grid, matrix.positions) if rounding == "squant" else grid
+    together = 1 if matrix.positions_first else matrix.positions
+    return squant(matrix.values, grid, together) if rounding == "squant" else grid
 
 
 def _nearest(matrix: Matrix, weights: Weights, plan: ocs.SplitPlan | None) -> QuantizedWeight:
     assert weights.bits is not None
     values, bits, granularity, size = matrix.values, weights.bits, weights.granularity, weights.group_size
-    moments = None if matrix.moments is None else matrix.moments.repeat_interleave(matrix.positions, 1)
+    moments = None if matrix.moments is None else matrix.spread(matrix.moments)
     if isinstance(weights.split, SplitQuant):
         s = weights.split
         return quantize_splitquant(values, bits, granularity, s.parts, s.clusters, s.ranges, s.boundaries)
     if weights.codebook is not None:
         return quantize_codebook(values, bits, granularity, size, weights.codebook, moments)
-    ranges = None if plan is None else plan.ranges().repeat_interleave(matrix.positions)
+    ranges = None if plan is None else matrix.spread(plan.ranges())
     quantized = quantize_weight(
         values, bits, granularity, size, weights.symmetric, weights.clip, ranges, moments=moments
     )
     if plan is None or weights.ocs is None or weights.ocs.quantization_aware:
         return quantized
-    copies = ocs.SplitPlan(plan.copies.repeat_interleave(matrix.positions), plan.shares)
+    copies = ocs.SplitPlan(matrix.spread(plan.copies), plan.shares)
     columns = torch.arange(matrix.values.shape[1]) // quantized.group_size
     codes = ocs.naive_codes(values, quantized.scale[:, columns], copies, code_limit(bits))
     return dataclasses.replace(quantized, codes=codes)

@@ -53,12 +53,22 @@ class Target:
 
     def matrices(self) -> Iterator[Matrix]:
         """The weights to quantize, with the scales of the inputs folded in and what is known of those inputs."""
+        for matrix in self.own_matrices():
+            yield matrix.in_kernel_order() if self.groups_columns(self.recipe) else matrix
+
+    def own_matrices(self) -> Iterator[Matrix]:
+        """The same with columns in the order of the weights."""
         for matrix in matrices(self.source, self.path):
             values = matrix.values
             if isinstance(self.transform, InputTransform):
                 values = self.transform.fold(values, self.groups)
             moments, hessian = self.moments.get(matrix.name), self.hessians.get(matrix.name)
             yield replace(matrix, values=values, moments=moments, hessian=hessian)
+
+    def groups_columns(self, recipe: Recipe) -> bool:
+        """Whether that has scales for neighbouring columns of a convolution's product, which the kernels order."""
+        grouped = recipe.weights.granularity == "group" and recipe.weights.bits is not None
+        return self.kind == "conv" and grouped and recipe.activations is not None
 
 
 @dataclass

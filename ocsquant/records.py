@@ -155,7 +155,8 @@ def _convolution(path: str, old: nn.Module, settings: dict[str, Any], t: dict[st
     check(adds is None or (able and adds in (NEXT, LATER)), f"{settings['origin']} cannot add {adds!r}")
     new = QuantizedConv(old, product, inverse, shift, adds)
     check(tuple(product.weight_shape) == (new.out_channels, new.weight_shape[1:].numel()), "it has the wrong size")
-    check(product.input_inverse is None and product.group_size == 0, "its product has input scales or groups")
+    check(product.input_inverse is None, "its product has input scales")
+    check(product.group_size == 0 or new.groups == 1, "it has scales for groups of columns, and groups of channels")
     any_bias = check.new_bias or shift is not None  # a shift makes a bias of its own
     _check_sizes(path, old, tuple(new.weight_shape), product.bias is not None, any_bias)
     return new

@@ -232,12 +232,13 @@ def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, O
     """Every candidate on one layer; the float weights that the one of middle error makes, and that error."""
     found: dict[str, Option] = {}
     made: dict[str, list[QuantizedWeight]] = {}
-    own = list(target.matrices())
+    own = list(target.own_matrices())
+    ordered = [m.in_kernel_order() for m in own] if any(map(target.groups_columns, candidates.values())) else own
     power = sum(_power(matrix.values, matrix) for matrix in own)
     for name, recipe in candidates.items():
         stored, lost = 0, 0.0
         made[name] = []
-        for matrix in own:
+        for matrix in ordered if target.groups_columns(recipe) else own:
             split = plan_splits(matrix, recipe.weights) if target.kind != "embedding" else None
             quantized = quantize_matrix(matrix, recipe.weights, split)
             stored += stored_bytes(quantized, split, matrix.positions)
@@ -245,11 +246,12 @@ def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, O
             made[name].append(quantized)
         found[name] = Option(stored, lost / power if power > 0 else 0.0)
     middle = sorted(found, key=lambda name: found[name].error)[len(found) // 2]
+    seen = ordered if target.groups_columns(candidates[middle]) else own
     changed = {
-        f"{target.path}.{matrix.name}".lstrip("."): quantized.dequantize()
+        f"{target.path}.{matrix.name}".lstrip("."): matrix.in_own_order(quantized.dequantize())
         .reshape(matrix.shape)
         .to(target.source._parameters[matrix.name].dtype)  # type: ignore[union-attr]
-        for matrix, quantized in zip(own, made[middle], strict=True)
+        for matrix, quantized in zip(seen, made[middle], strict=True)
     }
     return found, changed, found[middle].error
 
@@ -261,7 +263,7 @@ def _power(w: Tensor, matrix: Matrix) -> float:
         return float(((w @ matrix.hessian) * w).sum(dtype=torch.float64))
     square = w.double().square()
     if matrix.moments is not None:
-        square = square * matrix.moments.repeat_interleave(matrix.positions, 1)
+        square = square * matrix.spread(matrix.moments)
     return float(square.sum())
 
 

@@ -59,8 +59,9 @@ def kernel_problem(module: nn.Module, kind: str, recipe: Recipe, named: bool) ->
         depths, gains = [module.weight[0].numel()], convolution_pays(module)
         outputs, channels = module.out_channels // module.groups, module.in_channels // module.groups
         size = f"{outputs} outputs of {channels} channels" + (" in each group" if module.groups > 1 else "")
-        if recipe.weights.granularity == "group" and recipe.weights.group_size < depths[0]:
-            return "no integer kernel for group scales in convolutions yet: use simulate=True for its accuracy"
+        grouped = recipe.weights.granularity == "group" and recipe.weights.group_size < depths[0]
+        if grouped and module.groups > 1:
+            return "no integer kernel for group scales in grouped convolutions yet: use simulate=True for its accuracy"
     else:
         assert isinstance(module, nn.RNNBase)
         gates = recurrent_form(module).gates

@@ -92,8 +92,12 @@ def quantized_conv2d(
     groups: int = 1,
     inverse: Tensor | None = None,
     shift: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
-    """x [samples, channels, height, width], codes int8 [n, channels / groups, kernel_h, kernel_w]; sums exact."""
+    """x [samples, channels, height, width], codes int8 [n, channels / groups, kernel_h, kernel_w]; sums exact.
+
+    group_size: columns [kernel_h * kernel_w * channels] in this order that share one of scale [column groups, n].
+    """
     if groups > 1:
         last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         memory = torch.channels_last if last else torch.contiguous_format
@@ -115,7 +119,8 @@ def quantized_conv2d(
                 pixels, codes[:, :, 0, 0], scale, inverse, shift, bias, bits, False, max_outliers, threshold
             )
         else:
-            y = quantized_linear(pixels, codes[:, :, 0, 0], scale, bias, None, None, bits, max_outliers, threshold)
+            w = codes[:, :, 0, 0]
+            y = quantized_linear(pixels, w, scale, bias, None, None, bits, max_outliers, threshold, group_size)
         return y.permute(0, 3, 1, 2)
     rows = []
     for sample in x:
@@ -124,6 +129,13 @@ def quantized_conv2d(
         else:
             q, step = quantize_plane(sample, bits, max_outliers, threshold)
         total = torch.nn.functional.conv2d(q.double()[None], codes.double(), None, stride, padding, dilation)[0]
+        if group_size:
+            patches = torch.nn.functional.unfold(q.double()[None], codes.shape[2:], dilation, padding, stride)[0]
+            columns = patches.long().unflatten(0, (q.shape[0], -1)).transpose(0, 1).flatten(0, 1).T
+            w = codes.permute(0, 2, 3, 1).flatten(1)
+            totals = [_groups(w, row, step, scale, group_size) for row in columns]
+            rows.append(torch.stack(totals, 1).unflatten(1, total.shape[1:]))
+            continue
         rows.append(total.float() * (torch.tensor(step, dtype=torch.float32) * scale)[:, None, None])
     y = torch.stack(rows)
     return y if bias is None else y + bias[:, None, None]

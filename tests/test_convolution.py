@@ -308,7 +308,7 @@ SMOOTHED = Activations(max_outliers=0, smooth_alpha=0.5)
     ("module", "recipe", "reason"),
     [
         (nn.Conv2d(64, 64, 3, groups=64), "W8A8", "too small to gain: 1 outputs of 1 channels in each group"),
-        (nn.Conv2d(64, 128, 3), "W4A8", "no integer kernel for group scales in convolutions"),
+        (nn.Conv2d(512, 128, 3, groups=2), "W4A8", "no integer kernel for group scales in grouped convolutions"),
         (nn.Conv2d(64, 128, 3), Recipe(activations=SMOOTHED), "Conv2d with inputs scaled and then quantized per token"),
         (nn.Conv2d(64, 128, 3, groups=2), Recipe(activations=SPLIT), "Conv2d with split input channels in groups"),
         (nn.Conv2d(3, 64, 3), "W8A8", "too small to gain"),

@@ -25,6 +25,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "nonlinearity": {"range": Wrong("swish", text="none, relu")},
     "residual": {"size": Wrong(tensor(2, 70, 6, 5), text="sizes of the output, 2 x 70 x 6 x 6")},
     **{name: {"size": Wrong(tensor(4), text="3 entries")} for name in ("input_inverse", "input_shift")},
+    "group_size": {"range": 24, "below": -16, "scale": Wrong(16, text="scale")},
 }
 
 CONVOLUTION_CASES = {

@@ -120,9 +120,22 @@ class BytesPlane {
       for (int64_t k = end; k < depth; ++k) to_[k] = 0;
       a_.rest_count[m_] = count_;
       a_.offset_codes[m_] = static_cast<int32_t>(sum_);
+      if (a_.group_offset_codes != nullptr) sum_groups(a_.group_offset_codes + m_ * w_.scale_groups());
     }
 
    private:
+    void sum_groups(int32_t* sums) const {
+      const int8_t* bodies = reinterpret_cast<const int8_t*>(to_);
+      const int64_t size = w_.group_channels;
+      for (int64_t first = 0; first < w_.k; first += size, ++sums) {
+        const int64_t count = w_.k - first < size ? w_.k - first : size;
+        int32_t sum = 0;
+        for (int64_t k = 0; k < count; ++k) sum += bodies[first + k];
+        *sums = sum;
+      }
+      sums -= w_.scale_groups();
+      for (int32_t r = 0; r < count_; ++r) sums[rests_[r].k / size] += rests_[r].value;
+    }
     // The columns of split channels: codes, and with them rests, a second time.
     void add_tail(int64_t base) {
       const int32_t rests = count_;

@@ -63,7 +63,7 @@ STABLE_TORCH_LIBRARY(ocsquant, m) {
       "int kernel_h=1, int kernel_w=1, int stride_h=1, int stride_w=1, int padding_h=0, int padding_w=0, "
       "int dilation_h=1, int dilation_w=1, int activation_bits=8, int max_outliers=16, float outlier_threshold=4.0, "
       "int weight_bits=8, Tensor? zero=None, Tensor? levels=None, int groups=1, Tensor? input_inverse=None, "
-      "Tensor? input_shift=None, str nonlinearity='none', Tensor? residual=None) -> Tensor");
+      "Tensor? input_shift=None, str nonlinearity='none', Tensor? residual=None, int group_size=0) -> Tensor");
   m.def("nonlinear(Tensor x, str nonlinearity) -> Tensor");
   m.def("pack_codes(Tensor codes, int bits) -> Tensor");
   m.def(

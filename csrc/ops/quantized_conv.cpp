@@ -139,15 +139,19 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
   const int64_t even = even_rows(c.rows(), std::min(kernels.row_block, fitting), tile, threads);
   const int64_t block = std::min(even, (c.rows() + tile - 1) / tile * tile);
   const int64_t blocks = (c.rows() + block - 1) / block, chunks = std::min(threads, blocks);
+  const int64_t groups = w.group_channels > 0 ? w.scale_groups() : 0;
+  // The product with group scales has one half of its room behind kernels.row_block rows of the other.
+  const int64_t sums = (groups > 0 ? kernels.row_block : block) * kPanel;
   const int64_t sizes[] = {align64(block * row_bytes),
                            align64(block * sizeof(float)),
                            align64(block * capacity * sizeof(Rest)),
                            align64(block * sizeof(int32_t)),
                            align64(block * sizeof(int32_t)),
                            align64(quantize_scratch_bytes(w, tile)),
-                           align64(kUnpackedGroups * kGroupBytes + block * kPanel * sizeof(int32_t)),
+                           align64(kUnpackedGroups * kGroupBytes + (groups > 0 ? 2 : 1) * sums * sizeof(int32_t)),
                            align64(fill == fill_pixels ? block * c.shape.channels * sizeof(float) : 0),
-                           align64(c.in_place() ? 0 : block * w.n * sizeof(float))};
+                           align64(c.in_place() ? 0 : block * w.n * sizeof(float)),
+                           align64(block * groups * sizeof(int32_t))};
   int64_t each = 0;
   for (const int64_t size : sizes) each += size;
   const Buffer buffer(chunks * each);
@@ -160,7 +164,7 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
                            reinterpret_cast<Rest*>(part[2]),
                            reinterpret_cast<int32_t*>(part[3]),
                            reinterpret_cast<int32_t*>(part[4]),
-                           nullptr,
+                           groups > 0 ? reinterpret_cast<int32_t*>(part[9]) : nullptr,
                            block,
                            row_bytes,
                            capacity};
@@ -169,7 +173,7 @@ void multiply_blocks(const Convolution& c, const Planes& planes, int64_t max_res
       fill(c, planes, first, count, a, reinterpret_cast<float*>(part[7]), part[5]);
       float* rows = c.in_place() ? c.y + first * w.n : reinterpret_cast<float*>(part[8]);
       for (int64_t panel = 0; panel < w.panels(); ++panel) {
-        kernels.multiply(a, w, rows, Float::f32, 0, count, panel, part[6]);
+        (groups > 0 ? kernels.multiply_groups : kernels.multiply)(a, w, rows, Float::f32, 0, count, panel, part[6]);
       }
       if (!c.in_place()) store_rows(c, rows, first, count);
     }
@@ -237,7 +241,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                         int64_t bits, int64_t max_outliers, double threshold, int64_t weight_bits,
                         const std::optional<Tensor>& zero, const std::optional<Tensor>& levels, int64_t groups,
                         const std::optional<Tensor>& input_inverse, const std::optional<Tensor>& input_shift,
-                        const std::string& nonlinearity, const std::optional<Tensor>& residual) {
+                        const std::string& nonlinearity, const std::optional<Tensor>& residual, int64_t group_size) {
   constexpr const char* kOp = "quantized_conv2d";
   check_tensor(kOp, "x", x, ScalarType::Float, 4);
   TokenQuantizer how = check_quantizer(kOp, bits, max_outliers, threshold);
@@ -270,13 +274,14 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
     shift = dense(*input_shift);
     how.shift = shift->const_data_ptr<float>();
   }
-  const Storage storage = {weight_bits, zero, levels};
+  const Storage storage = {weight_bits, zero, levels, group_size};
   const LinearWeight weight(kOp, {packed, scale, bias, tail_index, storage, check_nonlinearity(kOp, nonlinearity)},
                             s.depth(), how.fixed ? kMaxFixedDepth : kMaxDepth);
   OCSQ_CHECK(s.values() <= std::numeric_limits<int32_t>::max(), kOp,
              ": x must have fewer than 2^31 values a sample, got ", s.values());
   const PackedWeight& w = weight.weight();
   OCSQ_CHECK(w.n % groups == 0, kOp, ": groups must divide the ", w.n, " outputs, got ", groups);
+  OCSQ_CHECK(group_size == 0 || groups == 1, kOp, ": group_size needs groups 1, got ", groups);
   const int64_t samples = x.size(0);
   const bool last = is_channels_last(x);
   const Tensor source = last ? x : dense(x);
@@ -301,7 +306,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
                        0,
                        w.n / groups,
                        how};
-  const bool apart = others.has_value() && !whole.in_place();
+  const bool apart = others.has_value() && !(whole.in_place() && group_size == 0);
   if (apart) {
     whole.w.nonlinearity = Nonlinearity::none;
   } else if (others.has_value()) {

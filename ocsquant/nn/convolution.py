@@ -166,6 +166,7 @@ class QuantizedConv(Quantized):
             *map(self._of_frames, (self.input_inverse, self.input_shift)),
             nonlinearity,
             residual,
+            p.group_size,
         )
         y = ops.quantized_conv2d(*operands)
         if dims == 1:
@@ -241,9 +242,3 @@ def pads(like: Any) -> bool:
 def _is_last(x: Tensor) -> bool:
     """Whether it lies channels last, and cannot be read as contiguous too."""
     return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-
-
-def product_columns(weight: Tensor, shape: torch.Size) -> Tensor:
-    """[outputs, channels * positions] of a weight of `shape`, as [outputs, height * width * depth * channels]."""
-    depth = shape[2] if len(shape) == 5 else 1
-    return weight.reshape(shape[0], shape[1], depth, -1).permute(0, 3, 2, 1).reshape(shape[0], -1)

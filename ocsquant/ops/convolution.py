@@ -37,6 +37,7 @@ def quantized_conv2d(
     input_shift: Tensor | None = None,
     nonlinearity: str = "none",
     residual: Tensor | None = None,
+    group_size: int = 0,
 ) -> Tensor:
     """2d convolution with integer weights, quantizing each sample of `x` on the way in, group by group.
 
@@ -52,7 +53,7 @@ def quantized_conv2d(
             lies decides how the step is summed up, and may change its last bit.
         packed: from `pack_weight`, for n outputs and kernel_h * kernel_w * channels / groups inputs in this order; with
             tail columns at most 131072.
-        scale, bias: float32 [n].
+        scale, bias: float32 [n]; scale [column groups, n] with group_size.
         tail_index, weight_bits, zero, levels: as in `quantized_linear`.
         kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w: at least 1.
         padding_h, padding_w: rows and columns of zeros on each side.
@@ -68,6 +69,8 @@ def quantized_conv2d(
         input_shift: float32 [channels] or None, with input_inverse and padding 0 only.
         nonlinearity: of the output, as in `quantized_linear`.
         residual: float32 of the sizes of the output, added to it before the nonlinearity; or None.
+        group_size: 0, or a multiple of 16: columns of the weight that share a scale, as in `quantized_linear`; for
+            groups 1.
 
     Returns:
         float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
@@ -98,6 +101,7 @@ def quantized_conv2d(
         input_shift,
         nonlinearity,
         residual,
+        group_size,
     )
 
 
@@ -111,6 +115,6 @@ def _(*args: Any) -> Tensor:
         + 1
         for side, size in zip("hw", x.shape[2:], strict=True)
     ]
-    y = x.new_empty((x.shape[0], a["scale"].shape[0], *out))
+    y = x.new_empty((x.shape[0], a["scale"].shape[-1], *out))
     last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     return y.to(memory_format=torch.channels_last) if last else y

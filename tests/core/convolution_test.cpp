@@ -1,5 +1,6 @@
 // Planes, patches and their products of every level against the definition, bit for bit, between guard pages.
 #include "core/pack.h"
+#include "oracle.h"
 #include "tests.h"
 
 namespace coretest {
@@ -59,39 +60,33 @@ struct Picture {
   }
 };
 
-// y[row][n] of the codes of a plane.
-std::vector<float> convolve(const Picture& picture, const int16_t* plane, float step, const Weight& w) {
+// The patches of the codes of a plane, [rows][depth].
+std::vector<int32_t> patches(const Picture& picture, const int16_t* plane) {
   const PatchShape& s = picture.s;
-  std::vector<float> y(s.rows() * w.n);
+  std::vector<int32_t> codes;
   for (int64_t row = 0; row < s.rows(); ++row) {
-    for (int64_t j = 0; j < w.n; ++j) {
-      int64_t sum = 0, at = 0;
-      std::vector<int64_t> codes(w.k);
-      for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-        for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-          const int64_t iy = row / s.out_w * s.stride_h - s.padding_h + ky * s.dilation_h;
-          const int64_t ix = row % s.out_w * s.stride_w - s.padding_w + kx * s.dilation_w;
-          const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
-          for (int64_t c = 0; c < s.channels; ++c, ++at) {
-            codes[at] = inside ? plane[(iy * s.width + ix) * s.channels + c] : 0;
-            sum += codes[at] * w.codes[j * w.k + at];
-          }
+    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
+      for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
+        const int64_t iy = row / s.out_w * s.stride_h - s.padding_h + ky * s.dilation_h;
+        const int64_t ix = row % s.out_w * s.stride_w - s.padding_w + kx * s.dilation_w;
+        const bool inside = iy >= 0 && iy < s.height && ix >= 0 && ix < s.width;
+        for (int64_t c = 0; c < s.channels; ++c) {
+          codes.push_back(inside ? plane[(iy * s.width + ix) * s.channels + c] : 0);
         }
       }
-      for (int64_t e = 0; e < w.e; ++e) sum += codes[w.index[e]] * w.tail[j * w.e + e];
-      y[row * w.n + j] = static_cast<float>(sum) * (step * w.scale[j]);
     }
   }
-  return y;
+  return codes;
 }
 
 class Rig {
  public:
   void run(Level& level, const Picture& picture, const Weight& weight, Side side, int64_t seed) {
     const PatchShape& s = picture.s;
-    Case c(level, "convolution %ld: %ld channels %ld x %ld, kernel %ld x %ld, outliers %d, weights of %d bits",
+    Case c(level,
+           "convolution %ld: %ld channels %ld x %ld, kernel %ld x %ld, outliers %d, weights of %d bits, groups of %ld",
            long(seed), long(s.channels), long(s.height), long(s.width), long(s.kernel_h), long(s.kernel_w),
-           picture.how.max_outliers, weight.bits);
+           picture.how.max_outliers, weight.bits, long(weight.group));
     const auto& kernels = level.kernels->convolution;
     std::vector<int16_t> codes[2];
     float steps[2];
@@ -131,8 +126,10 @@ class Rig {
                 const Weight& weight, Side side) {
     const PatchShape& s = picture.s;
     const auto& linear = level.kernels->linear;
-    PackedWeight w = {nullptr, weight.n, weight.k,   weight.e, weight.index.data(), weight.scale.data(),
-                      nullptr, 0,        weight.bits};
+    PackedWeight w = {nullptr, weight.n,     weight.k,   weight.e, weight.index.data(), weight.scale.data(),
+                      nullptr, weight.group, weight.bits};
+    w.nonlinearity = weight.nonlinearity;
+    if (!weight.bias.empty()) w.bias = weight.bias.data();
     if (!weight.zero.empty()) w.zero = weight.zero.data();
     if (!weight.levels.empty()) w.levels = weight.levels.data();
     uint8_t* packed = packed_arena_.place<uint8_t>(w.panels() * w.panel_bytes(), side);
@@ -140,14 +137,14 @@ class Rig {
     w.packed = packed;
     const int64_t most = level.kernels->convolution.largest_outliers(planes.first, s);
     const int64_t rests = std::min(most * s.kernel_h * s.kernel_w, s.depth()), rows = s.rows();
-    const int64_t row_bytes = linear.row_bytes(w.depth());
+    const int64_t row_bytes = linear.row_bytes(w.depth()), groups = rows * w.scale_groups();
     const int64_t capacity = linear.rest_capacity(w.depth(), static_cast<int>(rests));
     const ocsquant::Activations a = {codes_arena_.place<uint8_t>(rows * row_bytes, side),
                                      step_arena_.place<float>(rows, side),
                                      rest_arena_.place<ocsquant::Rest>(rows * capacity, side),
                                      count_arena_.place<int32_t>(rows, side),
                                      offset_arena_.place<int32_t>(rows, side),
-                                     nullptr,
+                                     w.group_channels > 0 ? group_arena_.place<int32_t>(groups, side) : nullptr,
                                      rows,
                                      row_bytes,
                                      capacity};
@@ -156,18 +153,24 @@ class Rig {
     float* y = y_arena_.place<float>(rows * w.n, side);
     const int64_t sums = ocsquant::kUnpackedGroups * ocsquant::kGroupBytes;
     for (int64_t first = 0; first < rows; first += linear.row_block) {
-      const int64_t bytes = linear.row_block * ocsquant::kPanel * static_cast<int64_t>(sizeof(int32_t));
+      const int64_t halves = w.group_channels > 0 ? 2 : 1;
+      const int64_t bytes = halves * linear.row_block * ocsquant::kPanel * static_cast<int64_t>(sizeof(int32_t));
       uint8_t* room = sums_arena_.place<uint8_t>(sums + bytes, side);
       for (int64_t panel = 0; panel < w.panels(); ++panel) {
-        linear.multiply(a, w, y, ocsquant::Float::f32, first, std::min(rows, first + linear.row_block), panel, room);
+        (w.group_channels > 0 ? linear.multiply_groups : linear.multiply)(
+            a, w, y, ocsquant::Float::f32, first, std::min(rows, first + linear.row_block), panel, room);
       }
     }
-    const std::vector<float> want = convolve(picture, codes, *planes.step, weight);
+    std::vector<float> want;
+    const bool exact =
+        coretest::linear(patches(picture, codes), std::vector<float>(rows, *planes.step), weight, {}, want);
+    c.check(exact, "sums of a plane's codes leave int32");
     for (size_t i = 0; i < want.size(); ++i) {
       if (same(y[i], want[i])) continue;
       c.check(false, "y[%ld] is %a, not %a", long(i), double(y[i]), double(want[i]));
       break;
     }
+    if (a.group_offset_codes != nullptr) c.check(group_arena_.intact(), "bytes beside the groups' sums were written");
     for (const Arena* arena : {&codes_arena_, &step_arena_, &rest_arena_, &count_arena_, &offset_arena_, &y_arena_,
                                &rows_arena_, &sums_arena_}) {
       c.check(arena->intact(), "bytes beside an operand were written");
@@ -175,7 +178,7 @@ class Rig {
   }
 
   Arena x_arena_, scratch_arena_, plane_arena_, packed_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_,
-      offset_arena_, rows_arena_, y_arena_, sums_arena_;
+      offset_arena_, rows_arena_, y_arena_, sums_arena_, group_arena_;
 };
 
 void check_transpose(Level& level, Random& r, Side side) {
@@ -203,7 +206,6 @@ void test_convolution(std::vector<Level>& levels, int64_t every) {
     static constexpr int64_t kOutputs[] = {1, 7, 64, 70};
     const int64_t depth = picture.s.depth(), tail = r.below(3) == 0 ? std::min<int64_t>(depth, 5) : 0;
     make_weight(kOutputs[r.below(4)], depth, tail, mix(seed, 78, 3), -1, weight);
-    if (weight.group > 0) continue;
     const Side side = seed % 2 == 0 ? Side::end : Side::start;
     for (Level& level : levels) {
       if (!level.usable) continue;
