@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ocsquant import ops
 from ocsquant.errors import ArgumentError
 from ocsquant.nn.fused import applied, fuses, version
 from ocsquant.nn.linear import FLOATS, QuantizedLinear
 from ocsquant.nn.quantized import Quantized
 from ocsquant.nn.sums import LATER, PendingSum
+from ocsquant.ops.convolution import QUANTIZED_CONV2D
 
 SETTINGS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -62,6 +62,8 @@ class QuantizedConv(Quantized):
         # A kernel of one element goes over planes that follow one another as over one.
         self._flat = len(before) == 3 and {*self.kernel_size, *self.stride} == {1} and {*self._zeros} == {0}
         self.product, self.adds = product, adds
+        a, p = product.activations, product
+        self._plain = (*self._window, a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits)
         for name, value in zip(self.tensors, (input_inverse, input_shift), strict=True):
             self.register_buffer(name, value)
 
@@ -110,10 +112,11 @@ class QuantizedConv(Quantized):
 
     def forward(self, input: Tensor) -> Tensor | PendingSum:
         dims = len(self.kernel_size)
-        if not isinstance(input, Tensor) or input.dim() not in (dims + 1, dims + 2):
-            got = list(input.shape) if isinstance(input, Tensor) else type(input).__name__
+        shape = input.shape if isinstance(input, Tensor) else ()
+        if len(shape) not in (dims + 1, dims + 2):
+            got = list(shape) if isinstance(input, Tensor) else type(input).__name__
             raise ArgumentError("input", f"{dims + 1} or {dims + 2} dimensions", got)
-        if input.shape[-dims - 1] != self.in_channels or input.dtype not in FLOATS:
+        if shape[-dims - 1] != self.in_channels or input.dtype not in FLOATS:
             expected = f"{self.in_channels} channels in dimension {-dims - 1}, float32, bfloat16, float16 or float64"
             raise ArgumentError("input", expected, f"{list(input.shape)} {input.dtype}")
         if torch.is_grad_enabled() and input.requires_grad:
@@ -121,7 +124,7 @@ class QuantizedConv(Quantized):
                 value = self._integer(input)
             smooth = self._float(input)
             return value + (smooth - smooth.detach())
-        kind = self.product.nonlinearity
+        kind: str | None = self._modules["product"].nonlinearity  # type: ignore[union-attr,assignment]
         if kind is None or self._forward_hooks or not fuses():
             return self._integer(input)
         return self._pending(input, kind) if self.adds is not None else applied(self._integer(input, kind), kind)
@@ -147,32 +150,44 @@ class QuantizedConv(Quantized):
         return pending
 
     def _integer(self, input: Tensor, nonlinearity: str = "none", residual: Tensor | None = None) -> Tensor:
-        dims, p = len(self.kernel_size), self.product
+        own: dict[str, Any] = self._buffers
+        product: Any = self._modules["product"]  # past nn.Module's look-up, as below: small layers feel it
+        b: dict[str, Any] = product._buffers
+        image = len(self.kernel_size) == 2 and input.dim() == 4 and input.dtype == torch.float32 and not self._pads
+        x, form = (input, ()) if image else self._images(input)
+        y = QUANTIZED_CONV2D(
+            *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
+            *self._plain,
+            *(b["zero"], b["levels"], self.groups),
+            self._of_frames(own["input_inverse"]),
+            self._of_frames(own["input_shift"]),
+            nonlinearity,
+            residual,
+            product.group_size,
+        )
+        return y if image else self._like(input, y, *form)
+
+    def _images(self, input: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+        """The input as samples of a 2d convolution; and what it was, for `_like`."""
+        dims = len(self.kernel_size)
         x = input if input.dim() == dims + 2 else input.unsqueeze(0)
         x = self._padded(x if x.dtype == torch.float32 else x.float())
-        samples, planes, last = x.shape[0], x.shape[2:4], dims == 3 and _is_last(x)
+        samples, frames, last = x.shape[0], x.shape[2], dims == 3 and _is_last(x)
         if dims == 1:
             x = x.unsqueeze(2)
         elif self._flat:
             x = x.flatten(2, 3)
         elif dims == 3:
             x, frames = self._frames(x)
-        a = p.activations
-        b: dict[str, Any] = p._buffers
-        operands: tuple[Any, ...] = (
-            *(x, b["packed"], b["scale"], b["bias"], b["tail_index"]),
-            *self._window,
-            *(a.bits, a.max_outliers, a.outlier_threshold, p.weight_bits, b["zero"], b["levels"], self.groups),
-            *map(self._of_frames, (self.input_inverse, self.input_shift)),
-            nonlinearity,
-            residual,
-            p.group_size,
-        )
-        y = ops.quantized_conv2d(*operands)
+        return x, (samples, frames, last)
+
+    def _like(self, input: Tensor, y: Tensor, samples: int, frames: int, last: bool) -> Tensor:
+        """The output of the 2d convolution as that of this one."""
+        dims = len(self.kernel_size)
         if dims == 1:
             y = y.squeeze(2).contiguous()
         elif self._flat:
-            y = y.unflatten(2, planes)
+            y = y.unflatten(2, (frames, y.shape[2] // frames))
         elif dims == 3:
             y = y.unflatten(0, (samples, frames)).transpose(1, 2)
             y = y if last else y.contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ocsquant.ops.library import bind, compiled
 
-_quantized_conv2d = compiled.quantized_conv2d.default
+QUANTIZED_CONV2D = compiled.quantized_conv2d.default
 
 
 def quantized_conv2d(
@@ -76,7 +76,7 @@ def quantized_conv2d(
         float32 [samples, n, out height, out width], in memory as `x`. A group of a sample (of a pixel) with NaN or
         Inf gives NaN.
     """
-    return _quantized_conv2d(
+    return QUANTIZED_CONV2D(
         x,
         packed,
         scale,
