@@ -8,7 +8,8 @@
 // 2.5 instructions for 32 products instead of the 4 of 16-bit operands, and exact: pairs cannot saturate
 // (tile_pairs.h), and the sum of a span fits 16 bits where the norms of weights and activations say so (pack.h),
 // whatever was lost of its parts. A span that they do not clear is widened after every product. The weights' offset is
-// taken off in the same 16 bits: a sum starts at minus 128 times the lane's activations.
+// taken off in the same 16 bits: a sum starts at minus 128 times the lane's activations. Of weights of few bits 16 bits
+// hold the sums of several spans in any case; what is their offset is taken off the 32-bit sums.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -34,8 +35,9 @@ namespace ocsquant {
 namespace {
 
 struct PairRun : Block {
-  const uint8_t* fits;  // for every span whether 16 bits hold its sums
-  int32_t take_off[4];  // for every row what takes the weights' offset off the other spans
+  int64_t together;     // spans whose sums 16 bits hold, whatever they are; 0: that depends on the span
+  const uint8_t* fits;  // then for every span whether they do
+  int32_t take_off[4];  // for every row what takes the weights' offset off the spans that do not do so themselves
 };
 
 OCSQ_INLINE __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -61,6 +63,12 @@ OCSQ_INLINE void start16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a
       "vpaddw %[x], %[sum0], %[sum1]\n\tvpaddw %[product], %[sum0], %[sum0]"
       : [sum0] "=&x"(sum[0]), [sum1] "=&x"(sum[1]), [x] "=&x"(x), [product] "=&x"(product)
       : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a), [lanes] "m"(minus_lanes), [bits] "x"(offset_bits));
+}
+OCSQ_INLINE void first16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a) {
+  __m256i x;
+  __asm__ volatile("vpbroadcastd %[a], %[x]\n\tvpmaddubsw %[x], %[w0], %[sum0]\n\tvpmaddubsw %[x], %[w1], %[sum1]"
+                   : [sum0] "=&x"(sum[0]), [sum1] "=&x"(sum[1]), [x] "=&x"(x)
+                   : [w0] "x"(w[0]), [w1] "x"(w[1]), [a] "m"(a));
 }
 OCSQ_INLINE void add16(__m256i (&sum)[2], const __m256i (&w)[2], const Quad& a) {
   __m256i x, product;
@@ -104,12 +112,10 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
   using Out = RowOut;
   using Plane = CodesPlane;
 
-  // A span that 16-bit sums hold, added to 32-bit sums in memory.
-  template <int R, int P, class S>
-  static OCSQ_INLINE void add_span16(const uint8_t* span, const uint8_t* b, const uint8_t* map, __m128i offset_bits,
-                                     int32_t* sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    __m256i h[P][R][2];
+  // The weights of a span times R rows: what(sum, w, row, g, i) for each pair of vectors.
+  template <int R, int P, class S, class What>
+  static OCSQ_INLINE void over_span(const uint8_t* span, const uint8_t* b, const uint8_t* map, __m256i (&h)[P][R][2],
+                                    const What& what) {
 #pragma GCC unroll 4
     for (int g = 0; g < kSpan; ++g) {
       const uint8_t* a = span + (1 + g) * R * kGroup;
@@ -117,12 +123,15 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
       for (int p = 0; p < P; ++p) {
         const __m256i w[2] = {S::load(b, g, 64 * p, map), S::load(b, g, 64 * p + 32, map)};
 #pragma GCC unroll 4
-        for (int i = 0; i < R; ++i) {
-          const Quad& row = quad(a + i * kGroup);
-          g == 0 ? start16(h[p][i], w, row, quad(span + i * kGroup), offset_bits) : add16(h[p][i], w, row);
-        }
+        for (int i = 0; i < R; ++i) what(h[p][i], w, quad(a + i * kGroup), g, i);
       }
     }
+  }
+
+  // 16-bit sums, added to 32-bit sums in memory.
+  template <int R, int P>
+  static OCSQ_INLINE void widen16(const __m256i (&h)[P][R][2], int32_t* sums) {
+    const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 4
     for (int p = 0; p < P; ++p) {
 #pragma GCC unroll 4
@@ -134,6 +143,37 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
         }
       }
     }
+  }
+
+  // A span that 16-bit sums hold without its offset.
+  template <int R, int P, class S>
+  static OCSQ_INLINE void add_span16(const uint8_t* span, const uint8_t* b, const uint8_t* map, __m128i offset_bits,
+                                     int32_t* sums) {
+    __m256i h[P][R][2];
+    over_span<R, P, S>(span, b, map, h,
+                       [&](__m256i(&sum)[2], const __m256i(&w)[2], const Quad& row, int g, int i)
+                           __attribute__((always_inline)) {
+                             g == 0 ? start16(sum, w, row, quad(span + i * kGroup), offset_bits) : add16(sum, w, row);
+                           });
+    widen16<R, P>(h, sums);
+  }
+
+  // Spans that they hold together, the offset included; that stays in.
+  template <int R, int P, class S>
+  static OCSQ_INLINE void add_spans16(const uint8_t* span, const uint8_t* b, const uint8_t* map, int64_t count,
+                                      int32_t* sums) {
+    __m256i h[P][R][2];
+    over_span<R, P, S>(span, b, map, h,
+                       [](__m256i(&sum)[2], const __m256i(&w)[2], const Quad& row, int g, int)
+                           __attribute__((always_inline)) { g == 0 ? first16(sum, w, row) : add16(sum, w, row); });
+    while (--count > 0) {
+      span += span_bytes(R);
+      b += S::kSpanBytes;
+      over_span<R, P, S>(span, b, map, h,
+                         [](__m256i(&sum)[2], const __m256i(&w)[2], const Quad& row, int, int)
+                             __attribute__((always_inline)) { add16(sum, w, row); });
+    }
+    widen16<R, P>(h, sums);
   }
 
   // Any span, added to 32-bit sums; the offset stays in.
@@ -169,15 +209,20 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     const int64_t spans = (run.groups + kSpan - 1) / kSpan;
     const __m128i offset_bits = _mm_cvtsi32_si128(__builtin_ctz(run.offset));
     int64_t s = 0;
-    const auto advance = [&]() __attribute__((always_inline)) {
-      for (int v = 0; v < V * kSpan && kFetch; v += 2) {
+    const auto advance = [&](int64_t count = 1) __attribute__((always_inline)) {
+      for (int v = 0; v < count * V * kSpan && kFetch; v += 2) {
         _mm_prefetch(reinterpret_cast<const char*>(next + 32 * v), _MM_HINT_T1);
       }
-      ++s;
-      span += span_bytes(R);
-      b += S::kSpanBytes;
-      next += 32 * V * kSpan;
+      s += count;
+      span += count * span_bytes(R);
+      b += count * S::kSpanBytes;
+      next += count * 32 * V * kSpan;
     };
+    for (const int64_t complete = run.together > 0 ? run.groups / kSpan : 0; s < complete;) {
+      const int64_t count = complete - s < run.together ? complete - s : run.together;
+      add_spans16<R, P, S>(span, b, map, count, sums);
+      advance(count);
+    }
     while (s < spans) {
       if (run.fits[s]) {
         add_span16<R, P, S>(span, b, map, offset_bits, sums);
@@ -209,9 +254,31 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     }
   }
 
-  // Clears the spans whose norms allow it.
+  // Bytes below twice the offset, times kLimit, for the channels of a lane.
+  static int64_t spans_together(int offset) {
+    return std::numeric_limits<int16_t>::max() / (kChannels / 2 * kLimit * (2 * offset - 1));
+  }
+
+  // What 16-bit sums hold; the spans whose norms allow it are cleared.
   static PairRun plan(const uint8_t* tile, const uint8_t* span, int rows, const Block& block, uint8_t* fits) {
-    const int64_t complete = block.groups / kSpan;
+    const int64_t complete = block.groups / kSpan, together = spans_together(block.offset);
+    if (together > 0) {
+      std::memset(fits, 0, (block.groups + kSpan - 1) / kSpan);
+    } else {
+      clear_fitting(tile, block, complete, fits);
+    }
+    __m128i offset = _mm_setzero_si128();
+    for (int64_t s = 0; s * kSpan < block.groups; ++s, span += span_bytes(rows)) {
+      if (fits[s]) continue;
+      const __m128i minus_lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(span));
+      offset = _mm_add_epi32(offset, _mm_madd_epi16(minus_lanes, _mm_set1_epi16(static_cast<int16_t>(block.offset))));
+    }
+    PairRun run = {block, together, fits, {}};
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(run.take_off), offset);
+    return run;
+  }
+
+  static void clear_fitting(const uint8_t* tile, const Block& block, int64_t complete, uint8_t* fits) {
     const uint8_t* norms = bounds(tile) + block.first_group / kSpan;
     __m256i count = _mm256_setzero_si256();
     int64_t s = 0;
@@ -227,15 +294,6 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     // A change from one to the other costs more than a few spans save.
     if (4 * fitting < 3 * complete) std::memset(fits, 0, complete);
     if (complete * kSpan < block.groups) fits[complete] = false;
-    __m128i offset = _mm_setzero_si128();
-    for (s = 0; s * kSpan < block.groups; ++s, span += span_bytes(rows)) {
-      if (fits[s]) continue;
-      const __m128i minus_lanes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(span));
-      offset = _mm_add_epi32(offset, _mm_madd_epi16(minus_lanes, _mm_set1_epi16(static_cast<int16_t>(block.offset))));
-    }
-    PairRun run = {block, fits, {}};
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(run.take_off), offset);
-    return run;
   }
 
   static constexpr auto add_rests = RestSums<Bytes256, Factor>::add_rests;
