@@ -86,12 +86,24 @@ def torchao(case: Case) -> nn.Module:
     return model
 
 
+def unshared(model: nn.Module) -> nn.Module:
+    """With a ReLU of its own for every call: PT2E takes the calls of a shared one for one operation, and refuses."""
+    traced = torch.fx.symbolic_trace(model)
+    for i, node in enumerate(traced.graph.nodes):
+        if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU):
+            traced.add_submodule(f"relu_of_{i}", nn.ReLU())
+            node.target = f"relu_of_{i}"
+            node.meta.clear()  # where it was
+    traced.recompile()
+    return traced
+
+
 def pt2e(case: Case) -> Run:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(case.model, (case.x,)).module(), quantizer)
+    prepared = prepare_pt2e(torch.export.export(unshared(case.model), (case.x,)).module(), quantizer)
     prepared(case.x)
     return peers.frozen(convert_pt2e(prepared), case.x)
 
