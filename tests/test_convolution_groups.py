@@ -143,6 +143,6 @@ def test_roundings_in_groups():
 
 def test_search_sees_what_the_kernels_have():
     model, x = nn.Sequential(nn.Conv2d(96, 96, 3), nn.ReLU(), nn.Conv2d(96, 96, 3)), torch.randn(2, 96, 8, 8)
-    found = ocsquant.search(model, [x], 5.5, {"W4A8": "W4A8", "W8A8": "W8A8"})
+    found = ocsquant.search(model, [x], 6.6, {"W4A8": "W4A8", "W8A8": "W8A8"})
     ocsquant.quantize(model, found)
     assert {m.product.group_size for m in model if isinstance(m, QuantizedConv)} == {128, 0}
