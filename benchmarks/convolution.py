@@ -82,13 +82,13 @@ def layer_rows(short: bool, repetitions: int, scheme: str) -> Iterator[list[Any]
         yield [name, *cells]
 
 
-def network_rows(short: bool, repetitions: int) -> list[list[Any]]:
+def network_rows(short: bool, repetitions: int, scheme: str) -> list[list[Any]]:
     model, loaded = darknet.darknet_tiny(), darknet.image_sample()
     if model is None or loaded is None:
         print("skipped darknet_tiny: its weights, the images or Pillow are absent")
         return []
     pictures, classes = (part[-(darknet.SHORT_IMAGES if short else darknet.IMAGES) :] for part in loaded)
-    every = ocsquant.quantize(copy.deepcopy(model), ignore=[darknet.FIRST], overrides={"*": "W8A8"})
+    every = ocsquant.quantize(copy.deepcopy(model), ignore=[darknet.FIRST], overrides={"*": scheme})
     networks = {"float32": model, "every convolution but the first": every}
     speed: dict[str, str] = dict.fromkeys(networks, "")
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -113,12 +113,13 @@ def main() -> None:
     repetitions, head = measure.start(args)
     rows = list(layer_rows(args.short, repetitions, args.scheme))
     titles = [title for layout in LAYOUTS for title in (f"fp32 us, {layout}", "ours us", "fp32 / ours")]
-    text = measure.table(["one sample", *titles], rows)
-    network = network_rows(args.short, repetitions)
+    text = measure.table([f"{args.scheme}, one sample", *titles], rows)
+    network = network_rows(args.short, repetitions, args.scheme)
     if network:
         columns = ["darknet_tiny", "top-1", "cross-entropy", "fp32 / this: contiguous, channels last"]
         text += "\n\n" + measure.table(columns, network)
-    measure.finish("convolution", head, text, {"layers": rows, "network": network})
+    name = "convolution" + ("" if args.scheme == "W8A8" else f"_{args.scheme}")
+    measure.finish(name, head, text, {"layers": rows, "network": network})
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def unshared(model: nn.Module) -> nn.Module:
         if node.op == "call_module" and isinstance(traced.get_submodule(node.target), nn.ReLU):
             traced.add_submodule(f"relu_of_{i}", nn.ReLU())
             node.target = f"relu_of_{i}"
-            node.meta.clear()  # where it was
+            node.meta.clear()  # torch.export would go by the place it names
     traced.recompile()
     return traced
 

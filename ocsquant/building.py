@@ -99,9 +99,7 @@ def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPla
     quantized = [quantize_matrix(matrix, recipe.weights, plan) for matrix, plan in parts]
     layer = _describe(target, parts, quantized)
     if integer:
-        columns = target.kind == "conv" and recipe.activations is not None
-        weights = (_ordered(m, q) if columns else q for (m, _), q in zip(parts, quantized, strict=True))
-        made = _build_integer(module, dict(zip((m.name for m, _ in parts), weights, strict=True)), target)
+        made = _build_integer(module, {m.name: (m, q) for (m, _), q in zip(parts, quantized, strict=True)}, target)
         new: nn.Module = made
         layer.kernel, layer.split_channels = made.kernel, made.split_channels
         layer.activation_bits = made.activation_bits
@@ -116,24 +114,16 @@ def _build_target(target: Target, simulate: bool, budget: dict[str, ocs.SplitPla
     return new, layer
 
 
-def _ordered(matrix: Matrix, weight: QuantizedWeight) -> QuantizedWeight:
-    """With its columns as the kernels of convolutions have them."""
-    if matrix.positions_first:
-        return weight
-    order = matrix.kernel_order
-    return dataclasses.replace(weight, codes=weight.codes[:, order], ranges=weight.ranges[order])
-
-
-def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], target: Target) -> Quantized:
+def _build_integer(module: nn.Module, weights: dict[str, tuple[Matrix, QuantizedWeight]], target: Target) -> Quantized:
     activations, transform = target.recipe.activations, target.transform
     if isinstance(module, RECURRENT):
         assert activations is not None
         parts = {}
         for name in part_names(module):
             bias = getattr(module, f"bias_{name}", None)
-            parts[name] = QuantizedLinear.from_weight(weights[f"weight_{name}"], bias, activations)
+            parts[name] = QuantizedLinear.from_weight(weights[f"weight_{name}"][1], bias, activations)
         return recurrent_form(module)(module, parts)
-    weight = weights["weight"]
+    matrix, weight = weights["weight"]
     if target.kind == "conv" and activations is not None:
         conv: Any = module
         bias, inverse, shift = conv.bias, None, None
@@ -141,7 +131,8 @@ def _build_integer(module: nn.Module, weights: dict[str, QuantizedWeight], targe
             flat = conv.weight.detach().float().reshape(conv.out_channels, -1)
             bias = transform.folded_bias(flat, None if bias is None else bias.detach(), conv.groups)
             inverse, shift = transform.inverse, transform.shift
-        product = QuantizedLinear.from_weight(weight, bias, activations, nonlinearity=target.nonlinearity)
+        ordered = matrix.as_kernels_have(weight)
+        product = QuantizedLinear.from_weight(ordered, bias, activations, nonlinearity=target.nonlinearity)
         return QuantizedConv(conv, product, inverse, shift, target.adds)
     if activations is None or target.kind == "embedding":
         form = FORMS[form_of(module) or ""]

@@ -116,11 +116,11 @@ class Weights:
         clip: "none" (largest magnitude), "mse" (least squared error of the weights), "output" (least squared error of
             the outputs, channels weighed by the second moments of their inputs: needs calibration), "aciq" (arXiv
             1810.05723) or "kl" (TensorRT's).
-        rounding: "nearest"; "squant" (arXiv 2202.07471): without data, errors cancel over each kernel and output;
-            "auto": "squant" for convolutions in two and three dimensions, whose inputs are alike from pixel to pixel,
-            where the grid is uniform, "nearest" for the rest; or "gptq" (arXiv 2210.17323): each column makes up for
-            the errors of those before it, on the same grid; needs calibration by batches, which are run again for
-            every 256 MiB of Hessians.
+        rounding: "nearest"; "squant" (arXiv 2202.07471): without data, errors cancel over each kernel and output (with
+            several groups of scales and integer activations over those alone); "auto": "squant" for convolutions in
+            two and three dimensions, whose inputs are alike from pixel to pixel, where the grid is uniform, "nearest"
+            for the rest; or "gptq" (arXiv 2210.17323): each column makes up for the errors of those before it, on the
+            same grid; needs calibration by batches, which are run again for every 128 MiB of Hessians.
         split: an `OCS`, a `SplitQuant`, or None.
         codebook: None, or 2^bits levels per layer under the scales: "kmeans" (2..6 bits; clip "output" weighs the
             channels) or "nf4" (4 bits; arXiv 2305.14314). Levels are int8 multiples of the scale.

@@ -66,9 +66,16 @@ class Matrix:
         """[..., columns] of this matrix's order, as of the weight's own."""
         return columns[..., self.kernel_order.argsort()] if self.positions_first else columns
 
-    def kernels(self, columns: Tensor) -> Tensor:
+    def by_position(self, columns: Tensor) -> Tensor:
         """[outputs, columns] as [outputs, channels, positions]."""
         return self.in_own_order(columns).unflatten(1, (self.channels, self.positions))
+
+    def as_kernels_have(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """This matrix quantized, with its columns in the kernel order."""
+        if self.positions_first:
+            return weight
+        order = self.kernel_order
+        return dataclasses.replace(weight, codes=weight.codes[:, order], ranges=weight.ranges[order])
 
     def spread(self, channels: Tensor) -> Tensor:
         """[..., channels] as [..., columns]."""
@@ -77,17 +84,17 @@ class Matrix:
 
     def by_channel(self, groups: int) -> Tensor:
         """[outputs * positions / groups, input channels of all groups]: what multiplies each input channel."""
-        parts = self.kernels(self.values).unflatten(0, (groups, -1))
+        parts = self.by_position(self.values).unflatten(0, (groups, -1))
         return parts.permute(1, 3, 0, 2).reshape(-1, groups * self.channels)
 
     def power(self) -> Tensor:
         """The squared norm, of the outputs where the moments of the inputs are known."""
-        square = self.kernels(self.values.square()).sum(-1)
+        square = self.by_position(self.values.square()).sum(-1)
         return (square if self.moments is None else square * self.moments).sum()
 
     def magnitude(self) -> Tensor:
         """[outputs, channels]: the largest |w| over a kernel's positions."""
-        return self.kernels(self.values.abs()).amax(-1)
+        return self.by_position(self.values.abs()).amax(-1)
 
 
 def kind_of(module: nn.Module) -> str | None:

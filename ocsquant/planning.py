@@ -66,9 +66,11 @@ class Target:
             yield replace(matrix, values=values, moments=moments, hessian=hessian)
 
     def groups_columns(self, recipe: Recipe) -> bool:
-        """Whether that has scales for neighbouring columns of a convolution's product, which the kernels order."""
-        grouped = recipe.weights.granularity == "group" and recipe.weights.bits is not None
-        return self.kind == "conv" and grouped and recipe.activations is not None
+        """Whether the recipe gives this layer scales for groups of a convolution's columns, which the kernels order."""
+        if self.kind != "conv" or recipe.activations is None or recipe.weights.bits is None:
+            return False
+        weight: Tensor = self.source.weight  # type: ignore[assignment]
+        return recipe.weights.granularity == "group" and recipe.weights.group_size < weight[0].numel()
 
 
 @dataclass

@@ -246,12 +246,12 @@ def _options(target: Target, candidates: dict[str, Recipe]) -> tuple[dict[str, O
             made[name].append(quantized)
         found[name] = Option(stored, lost / power if power > 0 else 0.0)
     middle = sorted(found, key=lambda name: found[name].error)[len(found) // 2]
-    seen = ordered if target.groups_columns(candidates[middle]) else own
+    of_middle = ordered if target.groups_columns(candidates[middle]) else own
     changed = {
         f"{target.path}.{matrix.name}".lstrip("."): matrix.in_own_order(quantized.dequantize())
         .reshape(matrix.shape)
         .to(target.source._parameters[matrix.name].dtype)  # type: ignore[union-attr]
-        for matrix, quantized in zip(seen, made[middle], strict=True)
+        for matrix, quantized in zip(of_middle, made[middle], strict=True)
     }
     return found, changed, found[middle].error
 

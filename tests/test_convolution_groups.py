@@ -42,13 +42,17 @@ def test_the_bits_of_the_reference(kernel, last, size):
         assert torch.equal(y, want)
 
 
-def test_residuals_nonlinearities_and_threads():
-    codes = torch.randint(-127, 128, (70, 32, 3, 3), dtype=torch.int8)
-    scale, bias, residual = torch.rand(3, 70) * 0.01, torch.randn(70), torch.randn(3, 70, 20, 20)
-    window = {"kernel_h": 3, "kernel_w": 3, "padding_h": 1, "padding_w": 1, "group_size": 96}
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [1, 3])
+def test_residuals_nonlinearities_and_threads(size, stride):
+    codes = torch.randint(-127, 128, (70, 32, size, size), dtype=torch.int8)
+    scale, bias = torch.rand(2 * size * size, 70) * 0.01, torch.randn(70)
+    sides = {"kernel": size, "stride": stride, "padding": size // 2}
+    window = {f"{name}_{side}": value for name, value in sides.items() for side in "hw"} | {"group_size": 16}
     before = torch.get_num_threads()
     for x in (torch.randn(3, 32, 20, 20), channels_last(torch.randn(3, 32, 20, 20))):
         plain = ops.quantized_conv2d(x, pack(codes), scale, bias, **window)
+        residual = torch.randn(plain.shape)
         fused = ops.quantized_conv2d(x, pack(codes), scale, bias, nonlinearity="relu", residual=residual, **window)
         assert torch.equal(fused, (plain + residual).relu())
         try:
@@ -146,3 +150,34 @@ def test_search_sees_what_the_kernels_have():
     found = ocsquant.search(model, [x], 6.6, {"W4A8": "W4A8", "W8A8": "W8A8"})
     ocsquant.quantize(model, found)
     assert {m.product.group_size for m in model if isinstance(m, QuantizedConv)} == {128, 0}
+
+
+def test_one_group_leaves_kernels_together_for_squant():
+    """Scales of single outputs: whatever the size of the group, the codes are those of scales per channel."""
+    module = nn.Conv2d(12, 64, 3)
+    grouped = quantized(module, Recipe(Weights(bits=4, granularity="group", group_size=128)))
+    assert torch.equal(grouped.weight, quantized(module, Recipe(Weights(bits=4))).weight)
+
+
+class Block(nn.Module):
+    """A residual of pointwise convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.relu = nn.Conv2d(256, 256, 1), nn.Conv2d(256, 256, 1), nn.ReLU()
+
+    def forward(self, x):
+        y = self.relu(self.a(x))
+        y = self.b(y)
+        y = y + x
+        return self.relu(y)
+
+
+def test_fused_residuals():
+    x = channels_last(torch.randn(1, 256, 6, 6))
+    model = Block().to(memory_format=torch.channels_last)
+    fused, plain = (ocsquant.quantize(copy.deepcopy(model), "W4A8", fuse=fuse) for fuse in (x, False))
+    assert fused.b.adds is not None
+    with torch.no_grad():
+        for given in (x, x.contiguous()):
+            assert torch.equal(fused(given), plain(given))

@@ -9,7 +9,7 @@
 // (tile_pairs.h), and the sum of a span fits 16 bits where the norms of weights and activations say so (pack.h),
 // whatever was lost of its parts. A span that they do not clear is widened after every product. The weights' offset is
 // taken off in the same 16 bits: a sum starts at minus 128 times the lane's activations. Of weights of few bits 16 bits
-// hold the sums of several spans in any case; what is their offset is taken off the 32-bit sums.
+// hold the sums of several spans in any case; their offset is taken off the 32-bit sums.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -160,8 +160,8 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
 
   // Spans that they hold together, the offset included; that stays in.
   template <int R, int P, class S>
-  static OCSQ_INLINE void add_spans16(const uint8_t* span, const uint8_t* b, const uint8_t* map, int64_t count,
-                                      int32_t* sums) {
+  static OCSQ_INLINE void add_together(const uint8_t* span, const uint8_t* b, const uint8_t* map, int64_t count,
+                                       int32_t* sums) {
     __m256i h[P][R][2];
     over_span<R, P, S>(span, b, map, h,
                        [](__m256i(&sum)[2], const __m256i(&w)[2], const Quad& row, int g, int)
@@ -220,7 +220,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     };
     for (const int64_t complete = run.together > 0 ? run.groups / kSpan : 0; s < complete;) {
       const int64_t count = complete - s < run.together ? complete - s : run.together;
-      add_spans16<R, P, S>(span, b, map, count, sums);
+      add_together<R, P, S>(span, b, map, count, sums);
       advance(count);
     }
     while (s < spans) {
@@ -254,7 +254,7 @@ struct Tile : Strips<Tile, const uint8_t*, PairRun>, PairTile {
     }
   }
 
-  // Bytes below twice the offset, times kLimit, for the channels of a lane.
+  // Of a span a lane adds up half the channels: each a byte below twice the offset, times kLimit at most.
   static int64_t spans_together(int offset) {
     return std::numeric_limits<int16_t>::max() / (kChannels / 2 * kLimit * (2 * offset - 1));
   }

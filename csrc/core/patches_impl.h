@@ -147,32 +147,33 @@ float quantize_plane(const float* x, const PatchShape& s, bool channels_first, c
   return whole;
 }
 
-// Where the patches of some rows lie in their samples: calls row(sample, m), then for each line of a patch, from
-// element `at` of the row on, copy(at, pixel, count) of pixels that follow one another and zeros(at, count) of pixels
-// outside.
+// Where the patches of some rows lie in their samples: calls row(sample, m), then for the lines of a patch, from
+// element `at` of the row on, lines(at, pixel, pitch, count, width) of `width` pixels that follow one another, `pitch`
+// from line to line, and zeros(at, count) of pixels outside; then done().
 template <class Sink>
 OCSQ_INLINE void for_patches(const PatchShape& s, int64_t row, int64_t rows, Sink& sink) {
   int64_t sample = row / s.rows(), out_y = row % s.rows() / s.out_w, out_x = row % s.out_w;
+  const int64_t line = s.kernel_w * s.channels, pitch = s.dilation_h * s.width;
   for (int64_t m = 0; m < rows; ++m) {
     sink.row(sample, m);
     const int64_t y0 = out_y * s.stride_h - s.padding_h, x0 = out_x * s.stride_w - s.padding_w;
-    const int64_t right = x0 + (s.kernel_w - 1) * s.dilation_w;
-    const bool whole = x0 >= 0 && right < s.width && s.dilation_w == 1;
-    int64_t at = 0;
-    for (int64_t ky = 0; ky < s.kernel_h; ++ky) {
-      const int64_t y = y0 + ky * s.dilation_h;
-      if (y < 0 || y >= s.height) {
-        sink.zeros(at, s.kernel_w);
-      } else if (whole) {
-        sink.copy(at, y * s.width + x0, s.kernel_w);
-      } else {
-        for (int64_t kx = 0; kx < s.kernel_w; ++kx) {
-          const int64_t x = x0 + kx * s.dilation_w, to = at + kx * s.channels;
-          x < 0 || x >= s.width ? sink.zeros(to, 1) : sink.copy(to, y * s.width + x, 1);
+    // Lines [first, last) of the kernel lie inside.
+    int64_t first = 0, last = s.kernel_h;
+    for (int64_t y = y0; first < last && y < 0; y += s.dilation_h) ++first;
+    for (int64_t y = y0 + (last - 1) * s.dilation_h; first < last && y >= s.height; y -= s.dilation_h) --last;
+    if (first > 0) sink.zeros(0, first * s.kernel_w);
+    const int64_t right = x0 + (s.kernel_w - 1) * s.dilation_w, begin = (y0 + first * s.dilation_h) * s.width + x0;
+    if (x0 >= 0 && right < s.width && s.dilation_w == 1) {
+      sink.lines(first * line, begin, pitch, last - first, s.kernel_w);
+    } else {
+      for (int64_t ky = first, at = first * line; ky < last; ++ky) {
+        for (int64_t kx = 0; kx < s.kernel_w; ++kx, at += s.channels) {
+          const int64_t right_by = kx * s.dilation_w, x = x0 + right_by;
+          x < 0 || x >= s.width ? sink.zeros(at, 1) : sink.lines(at, begin + (ky - first) * pitch + right_by, 0, 1, 1);
         }
       }
-      at += s.kernel_w * s.channels;
     }
+    if (last < s.kernel_h) sink.zeros(last * line, (s.kernel_h - last) * s.kernel_w);
     sink.done();
     if (++out_x < s.out_w) continue;
     out_x = 0;

@@ -7,8 +7,8 @@ namespace {
 
 class BytesPlane {
  public:
-  // Bodies [pixels][channels], then for each pixel, and for the end, the sum of all codes and the number of rests
-  // before it, then the rests, at the element of the sample they belong to.
+  // Bodies [pixels][channels], then the number of rests; if there are any, for each pixel and for the end the number of
+  // those before it, then they themselves, at the element of the sample they belong to.
   static int64_t bytes(const PatchShape& s, int max_outliers) {
     return rests_at(s) + (most_rests(s, max_outliers) * static_cast<int64_t>(sizeof(Rest)) + 63) / 64 * 64;
   }
@@ -36,20 +36,12 @@ class BytesPlane {
     }
     void zeros(int64_t values) { std::memset(bytes_, 0, values); }
     void finish() {
-      int32_t *sums = reinterpret_cast<int32_t*>(bytes_ + sums_at(*shape_)), *before = sums + shape_->pixels() + 1;
-      const int8_t* bodies = reinterpret_cast<const int8_t*>(bytes_);
-      uint32_t sum = 0;  // over a whole sample it may wrap around: only differences are used
+      int32_t* before = reinterpret_cast<int32_t*>(bytes_ + rest_count_at(*shape_));
+      *before++ = count_;
       int32_t passed = 0;
-      for (int64_t p = 0;; ++p, bodies += shape_->channels) {
-        for (; passed < count_ && rests_[passed].k < p * shape_->channels; ++passed) {
-          sum += static_cast<uint32_t>(rests_[passed].value);
-        }
-        sums[p] = static_cast<int32_t>(sum);
+      for (int64_t p = 0; p <= shape_->pixels() && count_ > 0; ++p) {
+        while (passed < count_ && rests_[passed].k < p * shape_->channels) ++passed;
         before[p] = passed;
-        if (p == shape_->pixels()) return;
-        int32_t of_pixel = 0;
-        for (int64_t c = 0; c < shape_->channels; ++c) of_pixel += bodies[c];
-        sum += static_cast<uint32_t>(of_pixel);
       }
     }
 
@@ -62,9 +54,11 @@ class BytesPlane {
   };
 
   static int64_t largest_outliers(const uint8_t* plane, const PatchShape& s) {
-    const int32_t* before = reinterpret_cast<const int32_t*>(plane + sums_at(s)) + s.pixels() + 1;
+    const int32_t* before = rests_before(plane, s);
     int32_t most = 0;
-    for (int64_t p = 0; p < s.pixels(); ++p) most = before[p + 1] - before[p] > most ? before[p + 1] - before[p] : most;
+    for (int64_t p = 0; p < s.pixels() && before != nullptr; ++p) {
+      most = before[p + 1] - before[p] > most ? before[p + 1] - before[p] : most;
+    }
     return most;
   }
 
@@ -73,6 +67,7 @@ class BytesPlane {
                     const Activations& a, int64_t rows, void*) {
     Patch patch(planes, shape, w, a);
     for_patches(shape, row, rows, patch);
+    patch.sums(rows);
   }
 
  private:
@@ -81,9 +76,14 @@ class BytesPlane {
     return of_pixels < s.values() ? of_pixels : s.values();
   }
   // Bodies are written in whole blocks of 64 from any pixel on.
-  static int64_t sums_at(const PatchShape& s) { return (s.values() + 63) / 64 * 64 + 64; }
+  static int64_t rest_count_at(const PatchShape& s) { return (s.values() + 63) / 64 * 64 + 64; }
   static int64_t rests_at(const PatchShape& s) {
-    return sums_at(s) + (2 * (s.pixels() + 1) * static_cast<int64_t>(sizeof(int32_t)) + 63) / 64 * 64;
+    return rest_count_at(s) + ((s.pixels() + 2) * static_cast<int64_t>(sizeof(int32_t)) + 63) / 64 * 64;
+  }
+  // [pixels + 1], or null where there are none.
+  static const int32_t* rests_before(const uint8_t* plane, const PatchShape& s) {
+    const int32_t* count = reinterpret_cast<const int32_t*>(plane + rest_count_at(s));
+    return *count > 0 ? count + 1 : nullptr;
   }
 
   class Patch {
@@ -95,46 +95,65 @@ class BytesPlane {
       a_.step[m] = planes_.step[sample];
       const uint8_t* plane = planes_.first + sample * planes_.bytes;
       bodies_ = plane;
-      sums_ = reinterpret_cast<const int32_t*>(plane + sums_at(shape_));
+      before_ = rests_before(plane, shape_);
       from_ = reinterpret_cast<const Rest*>(plane + rests_at(shape_));
       to_ = a_.codes + m * a_.row_bytes;
       rests_ = a_.rests + m * a_.rest_capacity;
       m_ = m;
       count_ = 0;
-      sum_ = 0;
     }
-    OCSQ_INLINE void copy(int64_t at, int64_t pixel, int64_t count) {
-      const int64_t first = pixel * shape_.channels;
-      std::memcpy(to_ + at, bodies_ + first, count * shape_.channels);
-      sum_ += static_cast<uint32_t>(sums_[pixel + count]) - static_cast<uint32_t>(sums_[pixel]);
-      const int32_t* before = sums_ + shape_.pixels() + 1 + pixel;
-      for (int32_t r = before[0]; r < before[count]; ++r) {
-        rests_[count_++] = {static_cast<int32_t>(from_[r].k - first + at), from_[r].value};
+    OCSQ_INLINE void lines(int64_t at, int64_t pixel, int64_t pitch, int64_t count, int64_t width) {
+      const int64_t channels = shape_.channels, bytes = width * channels;
+      const uint8_t* from = bodies_ + pixel * channels;
+      uint8_t* to = to_ + at;
+      // What a short line has too much the next one, or what is behind the patch, writes over; there is room for it.
+      const bool fits = at + count * bytes + kShort <= a_.row_bytes;
+      if (bytes <= kShort && fits) {
+        for (int64_t i = 0; i < count; ++i, from += pitch * channels, to += bytes) std::memcpy(to, from, kShort);
+      } else {
+        for (int64_t i = 0; i < count; ++i, from += pitch * channels, to += bytes) std::memcpy(to, from, bytes);
+      }
+      for (int64_t i = 0; i < count && before_ != nullptr; ++i, at += bytes, pixel += pitch) {
+        for (int32_t r = before_[pixel]; r < before_[pixel + width]; ++r) {
+          rests_[count_++] = {static_cast<int32_t>(from_[r].k - pixel * channels + at), from_[r].value};
+        }
       }
     }
     OCSQ_INLINE void zeros(int64_t at, int64_t count) const { std::memset(to_ + at, 0, count * shape_.channels); }
     OCSQ_INLINE void done() {
-      const int64_t base = w_.base_groups() * kGroup, end = base + w_.tail, depth = w_.depth();
+      const int64_t base = w_.base_groups() * kGroup, end = base + w_.tail, whole = (w_.depth() + 63) / 64 * 64;
       for (int64_t k = w_.k; k < base; ++k) to_[k] = 0;
       if (w_.tail > 0) add_tail(base);
-      for (int64_t k = end; k < depth; ++k) to_[k] = 0;
+      std::memset(to_ + end, 0, whole - end);
       a_.rest_count[m_] = count_;
-      a_.offset_codes[m_] = static_cast<int32_t>(sum_);
-      if (a_.group_offset_codes != nullptr) sum_groups(a_.group_offset_codes + m_ * w_.scale_groups());
+    }
+    // Of all rows, once they are there: vectors would wait for the lines that have just been written.
+    void sums(int64_t rows) const {
+      const int64_t whole = (w_.depth() + 63) / 64 * 64;
+      for (int64_t m = 0; m < rows; ++m) {
+        const uint8_t* bodies = a_.codes + m * a_.row_bytes;
+        const Rest* rests = a_.rests + m * a_.rest_capacity;
+        int32_t sum = Narrow::sum_bytes(bodies, whole);
+        for (int32_t r = 0; r < a_.rest_count[m]; ++r) sum += rests[r].value;
+        a_.offset_codes[m] = sum;
+        if (a_.group_offset_codes == nullptr) continue;
+        sum_groups(reinterpret_cast<const int8_t*>(bodies), rests, a_.rest_count[m],
+                   a_.group_offset_codes + m * w_.scale_groups());
+      }
     }
 
    private:
-    void sum_groups(int32_t* sums) const {
-      const int8_t* bodies = reinterpret_cast<const int8_t*>(to_);
+    static constexpr int64_t kShort = 32;
+
+    void sum_groups(const int8_t* bodies, const Rest* rests, int32_t count, int32_t* sums) const {
       const int64_t size = w_.group_channels;
-      for (int64_t first = 0; first < w_.k; first += size, ++sums) {
-        const int64_t count = w_.k - first < size ? w_.k - first : size;
+      for (int64_t g = 0; g < w_.scale_groups(); ++g) {
+        const int64_t first = g * size, last = first + size < w_.k ? first + size : w_.k;
         int32_t sum = 0;
-        for (int64_t k = 0; k < count; ++k) sum += bodies[first + k];
-        *sums = sum;
+        for (int64_t k = first; k < last; ++k) sum += bodies[k];
+        sums[g] = sum;
       }
-      sums -= w_.scale_groups();
-      for (int32_t r = 0; r < count_; ++r) sums[rests_[r].k / size] += rests_[r].value;
+      for (int32_t r = 0; r < count; ++r) sums[rests[r].k / size] += rests[r].value;
     }
     // The columns of split channels: codes, and with them rests, a second time.
     void add_tail(int64_t base) {
@@ -142,11 +161,9 @@ class BytesPlane {
       for (int32_t e = 0, r = 0; e < w_.tail; ++e) {
         const int32_t k = w_.tail_index[e];
         to_[base + e] = to_[k];
-        sum_ += static_cast<uint32_t>(static_cast<int8_t>(to_[k]));
         while (r < rests && rests_[r].k < k) ++r;
         if (r == rests || rests_[r].k != k) continue;
         rests_[count_++] = {static_cast<int32_t>(base + e), rests_[r].value};
-        sum_ += static_cast<uint32_t>(rests_[r].value);
       }
     }
 
@@ -155,13 +172,12 @@ class BytesPlane {
     const PackedWeight& w_;
     const Activations& a_;
     const uint8_t* bodies_ = nullptr;
-    const int32_t* sums_ = nullptr;
+    const int32_t* before_ = nullptr;
     const Rest* from_ = nullptr;
     uint8_t* to_ = nullptr;
     Rest* rests_ = nullptr;
     int64_t m_ = 0;
     int32_t count_ = 0;
-    uint32_t sum_ = 0;
   };
 };
 

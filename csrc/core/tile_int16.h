@@ -60,8 +60,10 @@ class CodesPlane {
       codes = reinterpret_cast<const int16_t*>(planes.first + sample * planes.bytes);
       step = planes.step[sample];
     }
-    OCSQ_INLINE void copy(int64_t at, int64_t pixel, int64_t count) const {
-      std::memcpy(out + at, codes + pixel * channels, count * channels * sizeof(int16_t));
+    OCSQ_INLINE void lines(int64_t at, int64_t pixel, int64_t pitch, int64_t count, int64_t width) const {
+      for (int64_t i = 0; i < count; ++i, at += width * channels, pixel += pitch) {
+        std::memcpy(out + at, codes + pixel * channels, width * channels * sizeof(int16_t));
+      }
     }
     OCSQ_INLINE void zeros(int64_t at, int64_t count) const {
       std::memset(out + at, 0, count * channels * sizeof(int16_t));

@@ -2,6 +2,7 @@
 // byte holds and, where that is not all of it, a rest. Included inside a target region, after
 //   Narrow::store(codes, out)        Simd::Codes to as many bodies
 //   Narrow::operator()(codes, out)   the same; the codes join Narrow::sum()
+//   Narrow::sum_bytes(bytes, count)  of a multiple of 64 bodies
 //   Narrow::first(codes, count)      the first `count` of Simd::Codes in memory, then zeros
 #pragma once
 

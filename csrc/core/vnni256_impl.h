@@ -26,6 +26,13 @@ struct Narrow {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some));
   }
   OCSQ_INLINE int32_t sum() const { return Simd::reduce_add(total); }
+  static OCSQ_INLINE int32_t sum_bytes(const uint8_t* bytes, int64_t count) {
+    __m256i sums = _mm256_setzero_si256();
+    for (int64_t i = 0; i < count; i += 32) {
+      sums = OCSQ_DPBUSD(sums, _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i)));
+    }
+    return Simd::reduce_add(sums);
+  }
 };
 
 }  // namespace

@@ -24,6 +24,13 @@ struct Narrow {
     return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(count < 32 ? all >> (32 - count) : all), codes);
   }
   OCSQ_INLINE int32_t sum() const { return Simd::reduce_add(total); }
+  static OCSQ_INLINE int32_t sum_bytes(const uint8_t* bytes, int64_t count) {
+    __m512i sums = _mm512_setzero_si512();
+    for (int64_t i = 0; i < count; i += 64) {
+      sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_loadu_si512(bytes + i));
+    }
+    return Simd::reduce_add(sums);
+  }
 };
 
 }  // namespace

@@ -317,11 +317,11 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const bool pixels = kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0;
   if (pixels && whole.in_place() && stride_h == 1 && stride_w == 1) {
     run_linear(whole.x, Float::f32, whole.rows(), how, whole.w, whole.y);
-    return y;
-  }
-  for (int64_t group = 0; group < groups; ++group) {
-    const Convolution c = of_group(whole, group);
-    pixels ? multiply_blocks(c, {}, how.max_outliers, fill_pixels) : run_patches(c);
+  } else {
+    for (int64_t group = 0; group < groups; ++group) {
+      const Convolution c = of_group(whole, group);
+      pixels ? multiply_blocks(c, {}, how.max_outliers, fill_pixels) : run_patches(c);
+    }
   }
   if (apart) finish_outputs(whole.y, others->const_data_ptr<float>(), y.numel(), w.nonlinearity);
   return y;

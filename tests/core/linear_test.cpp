@@ -285,6 +285,36 @@ void fills(std::vector<Level>& levels, Rig& rig, int64_t every) {
   }
 }
 
+// The largest sums that weights of few bits have: every number at its top, every activation at an end of its range.
+void few_bits_at_their_ends(std::vector<Level>& levels, Rig& rig) {
+  Tokens tokens;
+  Weight weight;
+  for (const int bits : {2, 4, 6}) {
+    const int top = (1 << bits) - 1;
+    for (const int zero : {-1, 0, top}) {
+      for (const float end : {1.0f, -1.0f}) {
+        tokens = Tokens{};
+        tokens.m = 7;
+        tokens.k = 600;
+        tokens.how = {8, 0, 4.0f};
+        tokens.x.assign(tokens.m * tokens.k, end);
+        quantize_tokens(tokens);
+        make_weight(65, tokens.k, 0, 1, kAllTop, weight);
+        weight.bits = bits;
+        weight.group = 0;
+        weight.levels.clear();
+        weight.zero.assign(zero < 0 ? 0 : weight.n, static_cast<uint8_t>(zero));
+        weight.scale.assign(weight.n, 1.0f / 64.0f);
+        std::fill(weight.codes.begin(), weight.codes.end(), static_cast<int8_t>(top - (zero < 0 ? top / 2 + 1 : zero)));
+        rig.load(tokens, weight, Float::f32, Plan{});
+        for (Level& level : levels) {
+          if (level.usable) rig.run(level);
+        }
+      }
+    }
+  }
+}
+
 // No channel at all, and the most that int32 sums hold: there the unsigned kernels wrap around and back.
 void extreme_depths(std::vector<Level>& levels, Rig& rig, int64_t every) {
   Tokens tokens;
@@ -317,6 +347,7 @@ void test_linear(std::vector<Level>& levels, int64_t every) {
   small_shapes(levels, rig, every);
   large_shapes(levels, rig, every > 1 ? 13 : 1);
   fills(levels, rig, every > 1 ? 5 : 1);
+  few_bits_at_their_ends(levels, rig);
   extreme_depths(levels, rig, every > 1 ? 5 : 1);
 }
 
