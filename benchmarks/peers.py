@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -209,6 +210,8 @@ def ark(bits: int, per_output: bool = False) -> Peer:
 def bitsandbytes(threshold: float) -> Peer:
     def prepare(layer: nn.Linear, x: Tensor) -> Run:
         from bitsandbytes.nn import Linear8bitLt
+
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a note at every call would be part of its time
 
         n, k = layer.weight.shape
         module = Linear8bitLt(k, n, bias=False, has_fp16_weights=False, threshold=threshold)
