@@ -329,3 +329,31 @@ def test_a_sample_too_large_for_32_bits_is_refused():
     packed = pack(torch.ones(1, 1, 3, 3, dtype=torch.int8))
     with pytest.raises(RuntimeError, match=r"x must have fewer than 2\^31 values a sample, got 2147483648"):
         ops.quantized_conv2d(x, packed, torch.ones(1), kernel_h=3, kernel_w=3)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_single_channels(outputs, last):
+    """Depthwise: tap by tap instead of patch by patch, several lines at once where nothing is strided."""
+    for kernel, stride, padding, dilation, fixed in (
+        ((3, 3), 1, 1, 1, False),
+        ((3, 3), 2, 1, 1, True),
+        ((5, 2), 1, 0, 2, False),
+        ((1, 4), 2, 2, 1, False),
+    ):
+        x = torch.randn(2, 19, 40, 60)
+        x[0, 3, 20, 30], x[1, 7, 0, 0] = 90.0, float("nan")
+        x = channels_last(x) if last else x
+        codes = torch.randint(-127, 128, (19 * outputs, 1, *kernel), dtype=torch.int8)
+        scale, bias = torch.rand(19 * outputs) * 0.01, torch.randn(19 * outputs)
+        inverse = torch.rand(19) * 50 if fixed else None
+        window = {"kernel": kernel, "stride": [stride] * 2, "padding": [padding] * 2, "dilation": [dilation] * 2}
+        sizes = {f"{name}_{side}": v for name, pair in window.items() for side, v in zip("hw", pair, strict=True)}
+        y = ops.quantized_conv2d(x, pack(codes), scale, bias, groups=19, input_inverse=inverse, **sizes)
+        form = (tuple(window["stride"]), tuple(window["padding"]), tuple(window["dilation"]))
+        want = reference.quantized_conv2d(x, codes, scale, bias, *form, groups=19, inverse=inverse)
+        assert torch.equal(y.nan_to_num(1e9), want.nan_to_num(1e9))
+        rectified = ops.quantized_conv2d(
+            x, pack(codes), scale, bias, groups=19, input_inverse=inverse, nonlinearity="relu", **sizes
+        )
+        assert torch.equal(rectified.nan_to_num(1e9), want.relu().nan_to_num(1e9))

@@ -131,6 +131,14 @@ struct ConvolutionKernels {
   // Patches from `row` on, counted over all samples, become rows 0..rows of a; scratch as for quantize().
   void (*place_patches)(const Planes& planes, const PatchShape& shape, int64_t row, const PackedWeight& w,
                         const Activations& a, int64_t rows, void* scratch);
+  // Of one channel alone, in a shape with channels 1: the bytes of its codes; codes as quantize_plane() has them; and
+  // y[out_h][out_w] = the sum of taps[kernel_h][kernel_w] times codes, times factor, plus *bias if there is one.
+  int64_t (*channel_bytes)(const PatchShape& shape, int max_outliers);
+  float (*quantize_channel)(const float* x, const PatchShape& shape, bool channels_first, const TokenQuantizer& how,
+                            const PlaneBounds& bounds, float* scratch, uint8_t* plane);
+  int64_t (*channel_scratch_bytes)(const PatchShape& shape);
+  void (*convolve_channel)(const uint8_t* plane, const PatchShape& shape, const int32_t* taps, float factor,
+                           const float* bias, void* scratch, float* y);
 };
 
 struct FakeQuantizeSplitKernels {

@@ -20,6 +20,8 @@
 //
 #include "grouped_impl.h"
 #include "patches_impl.h"
+//
+#include "depthwise_impl.h"
 
 namespace ocsquant {
 namespace {

@@ -189,10 +189,5 @@ void place_patches(const Planes& planes, const PatchShape& shape, int64_t row, c
   Tile::Plane::template place<Tile>(planes, shape, row, w, a, rows, scratch);
 }
 
-template <class Tile>
-constexpr ConvolutionKernels convolution_kernels() {
-  return {Tile::Plane::bytes, quantize_plane<Tile>, transpose, Tile::Plane::largest_outliers, place_patches<Tile>};
-}
-
 }  // namespace
 }  // namespace ocsquant

@@ -4,13 +4,12 @@
 #include <limits>
 #include <utility>
 
-#include "linear.h"
+#include "convolution.h"
 
 namespace ocsquant {
 namespace {
 
-constexpr int64_t kSerialProducts = 500'000;  // below, a second thread costs more than it brings
-constexpr int64_t kBlockBytes = 192 << 10;    // of a block's codes: they should stay in the second cache
+constexpr int64_t kBlockBytes = 192 << 10;  // of a block's codes: they should stay in the second cache
 
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
   return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -32,32 +31,6 @@ bool is_channels_last(const Tensor& x) {
   }
   return true;
 }
-
-// The tensors of a call, what they hold and how: of one group of channels.
-struct Convolution {
-  const float* x;
-  float* y;
-  bool channels_last;  // of both
-  int64_t samples, groups, group;
-  PatchShape shape;   // of a group's channels
-  PackedWeight w;     // the panels that hold the group's outputs
-  int64_t before, n;  // columns of `w` before them, and how many they are
-  TokenQuantizer how;
-
-  int64_t rows() const { return samples * shape.rows(); }
-  // Channels last: of one pixel, input and output.
-  int64_t pitch_in() const { return groups * shape.channels; }
-  int64_t pitch_out() const { return groups * n; }
-  // The group's first value of a sample.
-  const float* sample(int64_t i) const {
-    return x + i * groups * shape.values() + group * (channels_last ? shape.channels : shape.values());
-  }
-  float* output(int64_t i) const {
-    return y + i * groups * n * shape.rows() + group * (channels_last ? n : n * shape.rows());
-  }
-  // Whether the rows of the product are those of y.
-  bool in_place() const { return channels_last && groups == 1; }
-};
 
 Convolution of_group(const Convolution& all, int64_t group) {
   Convolution c = all;
@@ -317,6 +290,8 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const bool pixels = kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0;
   if (pixels && whole.in_place() && stride_h == 1 && stride_w == 1) {
     run_linear(whole.x, Float::f32, whole.rows(), how, whole.w, whole.y);
+  } else if (s.channels == 1 && groups > 1 && !pixels) {
+    run_depthwise(whole);
   } else {
     for (int64_t group = 0; group < groups; ++group) {
       const Convolution c = of_group(whole, group);

@@ -102,6 +102,7 @@ class Rig {
       c.check(scratch_arena_.intact() && plane_arena_.intact(), "bytes beside an operand were written");
       c.check(same(step, steps[last]), "the step is %a, not %a", double(step), double(steps[last]));
       multiply(level, c, picture, {plane, planes.bytes, &steps[last]}, codes[last].data(), weight, side);
+      if (s.channels == 1 && weight.group == 0) convolve(level, c, picture, codes[last].data(), weight, side);
     }
     // The order of the values may change the last bit of the step, and with it codes; where it does not, nothing else
     // may.
@@ -175,6 +176,36 @@ class Rig {
                                &rows_arena_, &sums_arena_}) {
       c.check(arena->intact(), "bytes beside an operand were written");
     }
+  }
+
+  // The same without tiles.
+  void convolve(Level& level, Case& c, const Picture& picture, const int16_t* codes, const Weight& weight, Side side) {
+    const PatchShape& s = picture.s;
+    const auto& kernels = level.kernels->convolution;
+    const ocsquant::PlaneBounds bounds = ocsquant::plane_bounds(s.depth(), weight.e);
+    const float* x = x_arena_.copy(picture.first.data(), s.values(), side);
+    uint8_t* plane = plane_arena_.place<uint8_t>(kernels.channel_bytes(s, picture.how.max_outliers), side);
+    const float step = kernels.quantize_channel(x, s, false, picture.how, bounds, nullptr, plane);
+    std::vector<float> want;
+    coretest::linear(patches(picture, codes), std::vector<float>(s.rows(), step), weight, {}, want);
+    std::vector<int32_t> taps(weight.codes.begin(), weight.codes.end());
+    for (int64_t j = 0; j < weight.n; ++j) {
+      for (int64_t e = 0; e < weight.e; ++e) taps[j * weight.k + weight.index[e]] += weight.tail[j * weight.e + e];
+    }
+    void* scratch = rows_arena_.place<uint8_t>(kernels.channel_scratch_bytes(s), side);
+    std::vector<float> y(s.rows() + 16);
+    for (int64_t j = 0; j < weight.n; ++j) {
+      kernels.convolve_channel(plane, s, taps.data() + j * weight.k, step * weight.scale[j],
+                               weight.bias.empty() ? nullptr : &weight.bias[j], scratch, y.data());
+      level.kernels->nonlinear(weight.nonlinearity, s.rows(), y.data());
+      for (int64_t i = 0; i < s.rows(); ++i) {
+        if (same(y[i], want[i * weight.n + j])) continue;
+        c.check(false, "y[%ld] of output %ld is %a, not %a", long(i), long(j), double(y[i]),
+                double(want[i * weight.n + j]));
+        break;
+      }
+    }
+    c.check(plane_arena_.intact() && rows_arena_.intact(), "bytes beside an operand were written");
   }
 
   Arena x_arena_, scratch_arena_, plane_arena_, packed_arena_, codes_arena_, step_arena_, rest_arena_, count_arena_,
