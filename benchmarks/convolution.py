@@ -40,6 +40,8 @@ OTHERS: tuple[tuple[str, nn.Module, tuple[int, ...]], ...] = (
     ("256 in 4 groups, 28 x 28, kernel 3", nn.Conv2d(256, 256, 3, padding=1, groups=4), (256, 28, 28)),
     ("512 in 16 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=16), (512, 14, 14)),
     ("512 in 32 groups, 14 x 14, kernel 3", nn.Conv2d(512, 512, 3, padding=1, groups=32), (512, 14, 14)),
+    ("144 channels alone, 56 x 56, kernel 3", nn.Conv2d(144, 144, 3, padding=1, groups=144), (144, 56, 56)),
+    ("96 channels alone, 56 x 56, kernel 7", nn.Conv2d(96, 96, 7, padding=3, groups=96), (96, 56, 56)),
     ("768 in 16 groups, 500 steps, kernel 128", nn.Conv1d(768, 768, 128, padding=64, groups=16), (768, 500)),
     ("3 -> 768, 224 x 224, kernel 16, stride 16", nn.Conv2d(3, 768, 16, 16), (3, 224, 224)),
     ("64 -> 64, 8 x 28 x 28, kernel 3", nn.Conv3d(64, 64, 3, padding=1), (64, 8, 28, 28)),
