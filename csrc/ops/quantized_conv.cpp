@@ -9,6 +9,7 @@
 namespace ocsquant {
 namespace {
 
+constexpr int64_t kFewOutputs = 8;          // of a single channel: a product has 64 for the price of one
 constexpr int64_t kBlockBytes = 192 << 10;  // of a block's codes: they should stay in the second cache
 
 int64_t out_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
@@ -290,7 +291,7 @@ Tensor quantized_conv2d(const Tensor& x, const Tensor& packed, const Tensor& sca
   const bool pixels = kernel_h == 1 && kernel_w == 1 && padding_h == 0 && padding_w == 0;
   if (pixels && whole.in_place() && stride_h == 1 && stride_w == 1) {
     run_linear(whole.x, Float::f32, whole.rows(), how, whole.w, whole.y);
-  } else if (s.channels == 1 && groups > 1 && !pixels) {
+  } else if (s.channels == 1 && groups > 1 && whole.n <= kFewOutputs && !pixels) {
     run_depthwise(whole);
   } else {
     for (int64_t group = 0; group < groups; ++group) {
