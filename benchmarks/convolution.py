@@ -120,8 +120,7 @@ def main() -> None:
     if network:
         columns = ["darknet_tiny", "top-1", "cross-entropy", "fp32 / this: contiguous, channels last"]
         text += "\n\n" + measure.table(columns, network)
-    name = "convolution" + ("" if args.scheme == "W8A8" else f"_{args.scheme}")
-    measure.finish(name, head, text, {"layers": rows, "network": network})
+    measure.finish(measure.named("convolution", args.scheme), head, text, {"layers": rows, "network": network})
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def main() -> None:
         f"\ncall overhead, 1 token through 16x16: nn.Linear {measure.microseconds(overhead['fp32'])} us, ours "
         f"{measure.microseconds(overhead['ocsquant'])} us, ratio {extra}"
     )
-    name = "linear" + ("_cold" if args.cold else "") + ("" if args.scheme == "W8A8" else f"_{args.scheme}")
+    name = measure.named("linear" + ("_cold" if args.cold else ""), args.scheme)
     measure.finish(name, head, text, {"cells": cells, "call_overhead": overhead}, bars)
 
 

@@ -226,6 +226,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+def named(table: str, scheme: str) -> str:
+    """Of the results of a table: those of W8A8 have its own name."""
+    return table if scheme == "W8A8" else f"{table}_{scheme}"
+
+
 def finish(name: str, head: dict[str, Any], text: str, data: Any, bars: plots.Bars | None = None) -> None:
     """Print `text`; write it and `data` to results/name.md and results/name.json, and `bars` to results/name.png."""
     print(text)

@@ -8,7 +8,6 @@ namespace ocsquant {
 namespace {
 
 constexpr int64_t kChannels = 16;  // at a time, so that those of pixels that lie channels last fill cache lines
-constexpr int64_t kPeriod = 64;    // pixels of a channel after which blocks of values begin anew
 
 // [outputs][taps]: those of split channels together.
 std::vector<int32_t> taps_of(const PackedWeight& w) {
@@ -29,13 +28,13 @@ void run_depthwise(const Convolution& c) {
   const PackedWeight& w = c.w;
   const std::vector<int32_t> taps = taps_of(w);
   const PlaneBounds bounds = plane_bounds(s.depth(), w.tail);
-  const int64_t pixels = s.pixels(), rows = s.rows(), channels = c.groups;
+  const int64_t pixels = s.pixels(), rows = s.rows(), channels = c.groups, period = pixel_period(1);
   const int64_t blocks = (channels + kChannels - 1) / kChannels, parts = c.samples * blocks;
   const bool serial = c.samples * channels * pixels * s.depth() <= kSerialProducts;
   const int64_t chunks = serial ? 1 : std::min<int64_t>(parts, torch::stable::get_num_threads());
   const int64_t sizes[] = {align64(c.channels_last ? kChannels * pixels * sizeof(float) : 0),
                            align64(kernels.convolution.channel_bytes(s, c.how.max_outliers)),
-                           align64(2 * kPeriod * sizeof(float)), align64(kernels.convolution.channel_scratch_bytes(s)),
+                           align64(2 * period * sizeof(float)), align64(kernels.convolution.channel_scratch_bytes(s)),
                            align64(kChannels * c.n * rows * sizeof(float) + 64)};
   int64_t each = 0;
   for (const int64_t size : sizes) each += size;
@@ -56,10 +55,13 @@ void run_depthwise(const Convolution& c) {
       }
       for (int64_t channel = 0; channel < count; ++channel) {
         TokenQuantizer how = c.how;
-        if (how.inverse != nullptr)
-          how.inverse = std::fill_n(scales, kPeriod, c.how.inverse[first + channel]) - kPeriod;
+        if (how.inverse != nullptr) {
+          how.inverse = scales;
+          std::fill_n(scales, period, c.how.inverse[first + channel]);
+        }
         if (how.shift != nullptr) {
-          how.shift = std::fill_n(scales + kPeriod, kPeriod, c.how.shift[first + channel]) - kPeriod;
+          how.shift = scales + period;
+          std::fill_n(scales + period, period, c.how.shift[first + channel]);
         }
         const float step =
             kernels.convolution.quantize_channel(x + channel * pixels, s, false, how, bounds, nullptr, plane);
